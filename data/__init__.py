@@ -1,0 +1,1 @@
+"""Problems, the trajectory journal, and labels."""

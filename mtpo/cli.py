@@ -1,0 +1,113 @@
+"""From a config dataclass to a command line, and from an error to one line.
+
+A recipe is a frozen dataclass with every knob, and a function that takes it. Values come from the
+dataclass's defaults, then from `--config FILE.yaml`, then from the flags, the last one winning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mtpo.errors import InputError, MtpoError
+
+Config = TypeVar("Config")
+
+
+def run_recipe(
+    config_class: type[Config],
+    recipe: Callable[[Config], str],
+    name: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, run the recipe, print the line that it returns.
+
+    Returns:
+        The exit status: 0; 1 after an `MtpoError` or an error of the operating system, printed as one line on
+        stderr; 130 after Ctrl-C. argparse itself exits with 2 on flags it does not know.
+    """
+    try:
+        print(recipe(parse_config(config_class, name, argv)))
+    except MtpoError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_config(config_class: type[Config], name: str, argv: Sequence[str] | None = None) -> Config:
+    """The config that the command line describes.
+
+    Raises:
+        InputError: the YAML file is missing, is no mapping, or has a key that the recipe does not know; or
+            the dataclass refuses a value.
+    """
+    parser = build_parser(config_class, name)
+    known = {field.name for field in dataclasses.fields(config_class) if field.init}  # pyright: ignore
+    first, _ = parser.parse_known_args(_only_config(sys.argv[1:] if argv is None else argv))
+    if first.config is not None:
+        parser.set_defaults(**_read_yaml(Path(first.config), known, name))
+        for action in parser._actions:
+            if action.dest in known and parser.get_default(action.dest) is not None:
+                action.required = False
+    namespace = vars(parser.parse_args(argv))
+    namespace.pop("config")
+    try:
+        return config_class(**namespace)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def build_parser(config_class: type[Config], name: str) -> argparse.ArgumentParser:
+    """The parser behind `--help`: one flag a field, spelled with dashes or underscores, and `--config`."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        config_class,  # pyright: ignore
+        prog=f"python -m {name}",
+        description=config_class.__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="values for any of these options")
+    return parser
+
+
+def _only_config(argv: Sequence[str]) -> list[str]:
+    """The part of the command line that names the config file, so that it can be read before the rest."""
+    for index, word in enumerate(argv):
+        if word.startswith("--config="):
+            return [word]
+        if word == "--config":
+            return list(argv[index : index + 2])
+    return []
+
+
+def _read_yaml(path: Path, known: set[str], name: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: expected a mapping of options to values")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(set(values) - known):
+        raise InputError(f"--config {path}: {name} has no option {unknown[0]!r}; it has {sorted(known)}")
+    return values
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 1

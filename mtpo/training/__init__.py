@@ -1,0 +1,1 @@
+"""Trainers for the losses of `mtpo.losses`."""

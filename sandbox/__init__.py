@@ -1,0 +1,1 @@
+"""The code interpreter: Jupyter kernels that run the code of a trajectory."""
