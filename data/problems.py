@@ -1,0 +1,326 @@
+"""Problem sets: from a spec to `Problem`s with their gold answers.
+
+    gsm8k:test  math:train  math500     the hub's data sets, loaded through `datasets`
+    math:test@PATH                      the same set from a local file or folder; the ids stay the same
+    generated:test                      word problems made here, no download
+    file.jsonl  file.jsonl.gz           one JSON object a line
+    folder:test                         `folder/test.jsonl`, or a downloaded copy of a hub repository
+    owner/name:test  owner/name:config:test     any other set on the hub
+
+A row is recognised by its field names (`FORMS`), so a local file in the hub's field names and the hub's data
+set give the same problems.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtpo.answers import gold_from_gsm8k, gold_from_solution
+from mtpo.errors import InputError
+from mtpo.trajectory import Problem
+
+logger = logging.getLogger(__name__)
+
+FORMS = (
+    ("problem", "answer"),
+    ("problem", "solution"),
+    ("question", "answer"),
+    ("question", "final_answer"),
+    ("question", "gold"),
+    ("input", "target"),
+    ("Question", "Answer"),
+)
+"""Fields that hold question and gold answer; the first pair that a row has, not null, counts."""
+
+Row = tuple[str, bytes | Mapping[str, Any]]
+"""Where a row stands, for messages, and the row: parsed, or a line of JSON."""
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the hub; its configs are joined in the order given."""
+
+    name: str
+    configs: tuple[str | None, ...]
+    splits: tuple[str, ...]
+
+
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+NAMED_SETS = {
+    "gsm8k": HubSet("openai/gsm8k", ("main",), ("train", "test")),
+    "math": HubSet("EleutherAI/hendrycks_math", MATH_SUBJECTS, ("train", "test")),
+    "math500": HubSet("HuggingFaceH4/MATH-500", (None,), ("test",)),
+}
+
+
+def load_problems(spec: str, limit: int | None = None, *, strict: bool = True) -> list[Problem]:
+    """The problems of a set, in the set's order.
+
+    A problem's id is the row's own `id`, `unique_id` or `ID`, else `SET/INDEX` with the row's index from 0:
+    `gsm8k:test/17`, `math:train/0`, `svamp/3` for the fourth line of svamp.jsonl. A row whose gold answer is an
+    empty box is left out with a warning.
+
+    Args:
+        spec: see the module's docstring.
+        limit: keep the first `limit` problems.
+        strict: raise on the first broken row; otherwise log each broken row as a warning and keep the others.
+
+    Raises:
+        InputError: the spec names nothing, the set cannot be loaded or holds no problem, or a row is broken.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"{spec}: the number of problems must be at least 1, got {limit}")
+    if spec.startswith("generated:"):
+        from data.generated import problems as generated_problems
+
+        return generated_problems(spec.removeprefix("generated:"), limit)  # pyright: ignore[reportArgumentType]
+    problems, errors = _collect(*_resolve(spec))
+    if errors and strict:
+        more = f" ({len(errors) - 1} more broken rows)" if len(errors) > 1 else ""
+        raise InputError(errors[0] + more)
+    for error in errors:
+        logger.warning("left out: %s", error)
+    if not problems:
+        raise InputError(f"{spec}: holds no problem" + (f"; {errors[0]}" if errors else ""))
+    return problems[:limit]
+
+
+def read_problem_file(path: str | Path, set_name: str | None = None) -> tuple[list[Problem], list[str]]:
+    """The good rows of a .jsonl or .jsonl.gz file, and one line for each broken one, naming file and line.
+
+    Args:
+        set_name: what ids of rows without one begin with; by default the file's name without its endings.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(path)
+    return _collect(set_name or path.name.split(".")[0], _file_rows(path))
+
+
+def assert_disjoint(*named_sets: tuple[str, Sequence[Problem]]) -> None:
+    """Check that no question is in two of the sets, ignoring case, spacing and Unicode variants.
+
+    Raises:
+        InputError: names two sets, the number of questions that they share, and one of them.
+    """
+    seen: dict[str, tuple[str, Problem]] = {}
+    for name, problems in named_sets:
+        own = {_normal_text(problem.question): problem for problem in problems}
+        if shared := [text for text in own if text in seen]:
+            other, theirs = seen[shared[0]]
+            raise InputError(
+                f"{other} and {name} must be disjoint but share {len(shared)} questions, for example "
+                f"{theirs.id} = {own[shared[0]].id}: {shared[0][:80]!r}"
+            )
+        seen |= {text: (name, problem) for text, problem in own.items()}
+
+
+def drop_shared(problems: Sequence[Problem], others: Sequence[Problem]) -> list[Problem]:
+    """The problems whose question is not among the others' (compared as in `assert_disjoint`); logs the rest.
+
+    The published splits need it: MATH has one question both in train and in test.
+    """
+    taken = {_normal_text(problem.question) for problem in others}
+    kept = [problem for problem in problems if _normal_text(problem.question) not in taken]
+    if len(kept) < len(problems):
+        dropped = ", ".join(p.id for p in problems if _normal_text(p.question) in taken)
+        logger.warning("left out %d problems that another set shares: %s", len(problems) - len(kept), dropped)
+    return kept
+
+
+def problem_from_row(row: Mapping[str, Any], default_id: str) -> Problem:
+    """One row of any of the `FORMS`; the answer is "" if the solution's last box is empty.
+
+    Raises:
+        InputError: no form fits, or the question or the answer is missing or of the wrong type.
+    """
+    form = next((f for f in FORMS if all(row.get(key) is not None for key in f)), None)
+    if form is None:
+        known = ", ".join("+".join(f) for f in FORMS)
+        raise InputError(f"no question and answer among the fields {sorted(map(str, row))}; expected {known}")
+    question_key, answer_key = form
+    question = row[question_key]
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{question_key!r} must be a text, got {question!r:.80}")
+    if body := row.get("Body"):  # SVAMP tells the story in one field and asks in another
+        question = f"{str(body).rstrip()} {question}"
+    own_id = next((row[key] for key in ("id", "unique_id", "ID") if row.get(key) is not None), default_id)
+    level, subject = row.get("level"), row.get("subject", row.get("type"))
+    return Problem(
+        id=str(own_id),
+        question=question,
+        answer=_gold(row[answer_key], answer_key),
+        level=None if level is None else str(level),
+        subject=None if subject is None else str(subject),
+    )
+
+
+def gold_answer(value: Any) -> str:
+    """The gold answer in an answer field: what follows GSM8K's `####`, a number, or the text itself.
+
+    Raises:
+        InputError: the value is empty, not finite, or neither a text, a number nor a list of them.
+    """
+    if isinstance(value, list) and value:
+        return ", ".join(gold_answer(item) for item in value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str):
+        number = gold_from_gsm8k(value)
+        if answer := value.strip() if number is None else number:
+            return answer
+    raise InputError(f"expected an answer, got {value!r:.80}")
+
+
+def file_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The lines of a plain or gzipped file, each with its place for messages: `FILE, line N`.
+
+    Raises:
+        InputError: there is no such file, or it is no gzip file in spite of its name.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield f"{path}, line {number}", line
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such file") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}: broken gzip file: {error}") from None
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """One line of a JSONL file.
+
+    Raises:
+        InputError: the line is not a JSON object in UTF-8.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _resolve(spec: str) -> tuple[str, Iterator[Row]]:
+    """The name of the set that a spec means, and its rows."""
+    name, at, path = spec.partition("@")
+    name, _, split = name.partition(":")
+    if known := NAMED_SETS.get(name):
+        if not split and len(known.splits) == 1:
+            split = known.splits[0]
+        if split not in known.splits:
+            choices = " or ".join(f"{name}:{s}" for s in known.splits)
+            raise InputError(f"{spec}: {name} has no split {split!r}, expected {choices}")
+        if at:
+            return f"{name}:{split}", _local_rows(Path(path), split, known.configs)
+        hint = f"for a local copy write {name}:{split}@FILE.jsonl or {name}:{split}@FOLDER"
+        return f"{name}:{split}", _hub_rows(known.name, known.configs, split, hint)
+    if Path(spec).is_file():
+        return Path(spec).name.split(".")[0], _file_rows(Path(spec))
+    path, _, split = spec.rpartition(":")
+    if path and Path(path).is_dir():
+        return f"{Path(path).name}:{split}", _local_rows(Path(path), split, (None,))
+    name, *config, split = spec.split(":") if path else (spec, "")
+    if name.count("/") == 1 and split and len(config) <= 1 and name[0] not in "./~":
+        hint = "a local copy is loaded by its path: FILE.jsonl or FOLDER:SPLIT"
+        return spec, _hub_rows(name, (config[0] if config else None,), split, hint)
+    raise InputError(
+        f"{spec}: no such file, and no problem set; expected gsm8k:SPLIT, math:SPLIT, math500, generated:SPLIT, "
+        "a .jsonl file, FOLDER:SPLIT or OWNER/NAME:SPLIT"
+    )
+
+
+def _file_rows(path: Path) -> Iterator[Row]:
+    yield from file_lines(path)
+
+
+def _local_rows(path: Path, split: str, configs: tuple[str | None, ...]) -> Iterator[Row]:
+    """Rows of a file, of `SPLIT.jsonl` in a folder, or of a folder that `datasets` can read."""
+    if not path.is_dir():
+        return _file_rows(path)
+    for file in (path / f"{split}.jsonl", path / f"{split}.jsonl.gz"):
+        if file.exists():
+            return _file_rows(file)
+    return _hub_rows(str(path), configs, split, f"expected {split}.jsonl or a copy of a hub repository there")
+
+
+def _hub_rows(name: str, configs: tuple[str | None, ...], split: str, hint: str) -> Iterator[Row]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    for config in configs:
+        try:
+            table = load_dataset(name, config, split=split)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise InputError(
+                f"cannot load split {split!r} of {name}: {' '.join(str(error).split())}; {hint}"
+            ) from error
+        for index, row in enumerate(table):
+            yield f"{name} {config or ''} row {index}", row  # pyright: ignore[reportReturnType]
+
+
+def _collect(set_name: str, rows: Iterable[Row]) -> tuple[list[Problem], list[str]]:
+    """The problems, and one line for each broken row."""
+    problems: list[Problem] = []
+    errors: list[str] = []
+    empty: list[str] = []
+    places: dict[str, str] = {}
+    for index, (place, row) in enumerate(rows):
+        if isinstance(row, bytes) and not row.strip():
+            continue
+        try:
+            fields = parse_object(row) if isinstance(row, bytes) else row
+            problem = problem_from_row(fields, f"{set_name}/{index}")
+            if problem.id in places:
+                raise InputError(f"the id {problem.id!r} is already taken by {places[problem.id]}")
+        except InputError as error:
+            errors.append(f"{place}: {error}")
+            continue
+        places[problem.id] = place
+        if problem.answer:
+            problems.append(problem)
+        else:
+            empty.append(problem.id)
+    if empty:
+        logger.warning(
+            "%s: left out %d problems with an empty box as gold answer: %s",
+            set_name,
+            len(empty),
+            ", ".join(empty),
+        )
+    return problems, errors
+
+
+def _gold(value: Any, key: str) -> str:
+    if key != "solution":
+        return gold_answer(value)
+    boxed = gold_from_solution(value) if isinstance(value, str) else None
+    if boxed is None:
+        raise InputError("'solution' holds no \\boxed answer")
+    return boxed
+
+
+def _normal_text(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
