@@ -7,7 +7,6 @@ dataclass's defaults, then from `--config FILE.yaml`, then from the flags, the l
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,14 +50,18 @@ def parse_config(config_class: type[Config], name: str, argv: Sequence[str] | No
         InputError: the YAML file is missing, is no mapping, or has a key that the recipe does not know; or
             the dataclass refuses a value.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(config_class, name)
-    known = {field.name for field in dataclasses.fields(config_class) if field.init}  # pyright: ignore
-    first, _ = parser.parse_known_args(_only_config(sys.argv[1:] if argv is None else argv))
-    if first.config is not None:
-        parser.set_defaults(**_read_yaml(Path(first.config), known, name))
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_config.add_argument("--config")
+    path = only_config.parse_known_args(argv)[0].config
+    if path is not None:
+        values = _read_yaml(
+            Path(path), [a for a in parser._actions if a.dest not in ("help", "config")], name
+        )
+        parser.set_defaults(**values)
         for action in parser._actions:
-            if action.dest in known and parser.get_default(action.dest) is not None:
-                action.required = False
+            action.required = action.required and action.dest not in values
     namespace = vars(parser.parse_args(argv))
     namespace.pop("config")
     try:
@@ -83,28 +86,23 @@ def build_parser(config_class: type[Config], name: str) -> argparse.ArgumentPars
     return parser
 
 
-def _only_config(argv: Sequence[str]) -> list[str]:
-    """The part of the command line that names the config file, so that it can be read before the rest."""
-    for index, word in enumerate(argv):
-        if word.startswith("--config="):
-            return [word]
-        if word == "--config":
-            return list(argv[index : index + 2])
-    return []
-
-
-def _read_yaml(path: Path, known: set[str], name: str) -> dict[str, Any]:
+def _read_yaml(path: Path, options: Sequence[argparse.Action], name: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"--config {path}: no such file") from None
     except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"--config {path}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: expected a mapping of options to values")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    if unknown := sorted(set(values) - known):
-        raise InputError(f"--config {path}: {name} has no option {unknown[0]!r}; it has {sorted(known)}")
+    known = {option.dest: option for option in options}
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"--config {path}: {name} has no option {key!r}; it has {sorted(known)}")
+        choices = known[key].choices
+        if choices is not None and value not in choices:
+            raise InputError(f"--config {path}: {key} is {value!r}, expected one of {list(choices)}")
     return values
 
 
