@@ -1,0 +1,395 @@
+"""The turns of a model family as token ids, measured from the tokenizer's own chat template.
+
+One mechanism serves every family: render the conversation so far with the generation prompt, before and
+after a turn; what was added is the turn. Nothing that the model wrote is ever rendered again. A template
+for which the longer rendering does not begin with the shorter one, followed by what the model wrote, cannot
+be used turn by turn and is refused.
+
+The protocol on top: a turn with a ```python block asks for its (last) block to be run, a `\\boxed{}` in its
+prose is the answer. Tool output is a user turn with an ```output fence, as in arXiv 2409.02392, except for
+families whose template has a tool turn that keeps earlier turns unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mtpo.answers import boxed_in_prose
+from mtpo.errors import InputError, TemplateError
+from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
+
+Message = Mapping[str, str]
+
+_CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)[ \t]*\n(.*?)(?:\n?[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+_OUTPUT_BLOCK = re.compile(
+    r"```[ \t]*output[ \t]*\n(.*?)(?:\n?```[ \t]*(?:\n|\Z)|\Z)", re.DOTALL | re.IGNORECASE
+)
+_FENCED_OUTPUT = re.compile(r"\A\s*```output\n(.*?)\n?```\s*\Z", re.DOTALL)
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_ERROR_LINE = re.compile(r"^(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt|Timeout)\b", re.MULTILINE)
+
+
+def code_to_run(text: str) -> str | None:
+    """The last ```python block of a turn, also one whose fence was never closed; None without a block."""
+    blocks = _CODE_BLOCK.findall(text)
+    return blocks[-1].rstrip() if blocks and blocks[-1].strip() else None
+
+
+@dataclass(frozen=True)
+class _Family:
+    name: str
+    marker: str
+    """Occurs in the family's chat template and in no other's."""
+    tool_role: Literal["user", "tool"] = "user"
+
+
+_FAMILIES = (
+    _Family("gemma", "<start_of_turn>"),
+    _Family("llama3", "<|start_header_id|>"),
+    _Family("mistral", "[INST]"),
+    _Family("qwen", "<|im_start|>", tool_role="tool"),
+)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How one tokenizer writes prompts and tool output around what the model samples.
+
+    Made by `for_tokenizer`. All ids are those of the published template, rendered once as a whole, wherever
+    the template's own tokenisation has a border at the end of a turn.
+    """
+
+    tokenizer: Any = field(repr=False)
+    family: str
+    tool_role: Literal["user", "tool"]
+    """Role under which tool output is rendered; `user` puts it into an ```output fence."""
+    end_of_turn: str
+    end_of_turn_id: int
+    """The id that the model samples to end a turn: part of the action, and trained."""
+    stop_ids: tuple[int, ...]
+    """End of turn and end of sequence: generation stops after either."""
+    bos_id: int | None
+    """The id that every prompt starts with, where the family has one."""
+    lead: str = ""
+    """White space that the template puts between the generation prompt and what the model writes."""
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any, *, tool_role: Literal["user", "tool"] | None = None) -> ChatFormat:
+        """Measure the tokenizer's chat template.
+
+        Args:
+            tokenizer: a `transformers` tokenizer with a chat template.
+            tool_role: how tool output is rendered; by default as the family does best: the template's tool turn
+                for Qwen, a user turn elsewhere.
+
+        Raises:
+            TemplateError: there is no template, it refuses a conversation with tool output, it changes earlier
+                turns (the message names the first such turn), or no single token ends a model turn.
+        """
+        template = _template_of(tokenizer)
+        family = next((f for f in _FAMILIES if f.marker in template), _Family("measured", ""))
+        draft = cls(tokenizer, family.name, tool_role or family.tool_role, "", -1, (), None)
+        end_of_turn, lead = draft._measure_turns()
+        end_of_turn_id = _single_id(tokenizer, end_of_turn)
+        stop_ids = dict.fromkeys(i for i in (end_of_turn_id, tokenizer.eos_token_id) if i is not None)
+        return cls(
+            tokenizer,
+            draft.family,
+            draft.tool_role,
+            end_of_turn,
+            end_of_turn_id,
+            tuple(stop_ids),
+            draft._measure_bos(),
+            lead,
+        )
+
+    def prompt(self, question: str, *, system: str | None = None) -> Segment:
+        """The user's question and the generation prompt; its first id is the BOS where the family has one.
+
+        A system text is put in front of the question, since several families have no system turn.
+        Control tokens spelled out inside the text are broken up, so that text cannot pose as a turn.
+        """
+        content = self._plain(f"{system}\n\n{question}" if system else question)
+        return Segment("prompt", tuple(self._prompt_ids(self._render([_user(content)]))), None, content)
+
+    def observation(self, output: str, *, after: Sequence[int]) -> Segment:
+        """Tool output and the generation prompt: every id between an action and the next one.
+
+        Args:
+            output: what the interpreter returned, without a fence.
+            after: ids of the action before. If it does not end with the end-of-turn id, that id comes first here:
+                the context then reads as the template has it, and the id is not trained.
+        """
+        output = self._plain(output)
+        text = self._observation_text({"role": "tool", "content": output})
+        ids = self._ids_after_turn(text)
+        if not after or after[-1] != self.end_of_turn_id:
+            ids = [self.end_of_turn_id, *ids]
+        return Segment("observation", tuple(ids), None, output)
+
+    def action_text(self, ids: Sequence[int]) -> str:
+        """What the model wrote in one turn, without the id that ended it."""
+        content = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        return self.tokenizer.decode(
+            list(content), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def import_messages(self, messages: Sequence[Message]) -> tuple[Segment, ...]:
+        """Render a finished conversation of others turn by turn, every assistant turn ended by the end-of-turn id.
+
+        Args:
+            messages: roles `system` (first only), `user`, `assistant` and `tool`. After the first assistant
+                message, a user message is an observation too; its ```output fence, if it has one, is taken off.
+                Tool output after the last assistant message answers nothing and is left out.
+
+        Raises:
+            InputError: roles do not alternate, or a message is empty.
+            TemplateError: the template changes an earlier turn of this conversation; names the turn.
+        """
+        turns = _alternating(messages)
+        segments: list[Segment] = []
+        history: list[Message] = []
+        for index, message in enumerate(turns):
+            content = self._plain(
+                message["content"].strip() if message["role"] == "assistant" else message["content"]
+            )
+            if message["role"] != "assistant":
+                if index == 0:
+                    segments.append(self.prompt(content))
+                    history = [_user(segments[0].text)]
+                    continue
+                observed = {"role": message["role"], "content": content}
+                text = self._observation_text(observed)
+                segments.append(Segment("observation", tuple(self._ids_after_turn(text)), None, content))
+                history.append(self._as_rendered(observed))
+                continue
+            before = self._render(history)
+            action = self.lead + content
+            history = [*history, {"role": "assistant", "content": content}]
+            if index + 1 < len(turns):
+                after = self._render([*history, self._as_rendered(turns[index + 1])])
+                if not after.startswith(before + action + self.end_of_turn):
+                    raise TemplateError(self._unstable(index // 2 + 1))
+            ids = [*self._ids_after_text(before, action), self.end_of_turn_id]
+            segments.append(Segment("action", tuple(ids), None, content))
+        return tuple(segments)
+
+    def import_trajectory(
+        self,
+        problem: Problem,
+        messages: Sequence[Message],
+        *,
+        sample: int = 0,
+        policy: str = "imported",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Trajectory:
+        """A trajectory from a finished conversation of others; see `import_messages` for what raises."""
+        segments = self.import_messages(messages)
+        last = segments[-1].text
+        if boxed_in_prose(last) is not None:
+            stop_reason = StopReason.ANSWERED
+        else:
+            stop_reason = StopReason.TURN_LIMIT if code_to_run(last) else StopReason.NO_CODE
+        return Trajectory(
+            problem_id=problem.id,
+            sample=sample,
+            segments=segments,
+            stop_reason=stop_reason,
+            executions=_executions(segments),
+            bos_id=self.bos_id,
+            policy=policy,
+            metadata=metadata or {},
+        )
+
+    # -- rendering ---------------------------------------------------------------------------------------
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        """The conversation so far and the generation prompt, as text."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise anything: it is a program of its own
+            roles = [m["role"] for m in messages]
+            reason = " ".join(str(error).split())
+            raise TemplateError(
+                f"the chat template of {_name(self.tokenizer)} cannot render the roles {roles}: {reason}"
+            ) from error
+
+    def _as_rendered(self, message: Message) -> Message:
+        """The message as the template is given it: tool output under the role, and fence, of the family."""
+        content = message["content"]
+        if message["role"] == "tool":
+            if self.tool_role == "tool":
+                return {"role": "tool", "content": content}
+            return _user(f"```output\n{content}\n```")
+        return _user(content)
+
+    def _observation_text(self, message: Message) -> str:
+        """Everything between the end-of-turn token of an action and the next action."""
+        question, action = _user("q"), {"role": "assistant", "content": "a"}
+        before = self._render([question]) + self.lead + "a" + self.end_of_turn
+        after = self._render([question, action, self._as_rendered(message)])
+        if not after.startswith(before):
+            raise TemplateError(self._unstable(1))
+        return after[len(before) :]
+
+    def _plain(self, text: str) -> str:
+        """The text with control tokens broken up by a space, so that they are tokenised as text."""
+        for token in _special_tokens(self.tokenizer):
+            if token in text:
+                text = text.replace(token, token[0] + " " + token[1:])
+        return text
+
+    # -- tokenising --------------------------------------------------------------------------------------
+
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        ids = self._tokenize(text)
+        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def _ids_after_turn(self, text: str) -> list[int]:
+        """Ids of text that stands right after an end-of-turn token, as tokenised in that place."""
+        ids = self._tokenize(self.end_of_turn + text)
+        if ids[0] != self.end_of_turn_id:
+            raise TemplateError(f"{_name(self.tokenizer)} does not keep {self.end_of_turn!r} as one token")
+        return ids[1:]
+
+    def _ids_after_text(self, before: str, text: str) -> list[int]:
+        """Ids of text that stands after `before`: as tokenised in that place if a token border falls there."""
+        last_line = before[before.rfind("\n", 0, -1) + 1 :]
+        anchor, joint = self._tokenize(last_line), self._tokenize(last_line + text)
+        return joint[len(anchor) :] if joint[: len(anchor)] == anchor else self._ids_after_turn(text)
+
+    # -- measuring ---------------------------------------------------------------------------------------
+
+    def _measure_turns(self) -> tuple[str, str]:
+        """(end-of-turn token, white space before an action), from a conversation of three tool calls."""
+        history: list[Message] = [_user("first question")]
+        seen, found = self._render(history), None
+        for turn in (1, 2, 3):
+            action = f"action {turn} of the model"
+            tool = self._as_rendered({"role": "tool", "content": f"output {turn} of the tool"})
+            history += [{"role": "assistant", "content": action}, tool]
+            longer = self._render(history)
+            start = longer.find(action)
+            lead = longer[len(seen) : start]
+            if not longer.startswith(seen) or start < len(seen) or lead.strip():
+                raise TemplateError(self._unstable(turn))
+            end_of_turn = self._special_token_at(longer[start + len(action) :])
+            delta = longer[start + len(action) :].replace(f"output {turn} of", "output of")
+            if found is None:
+                found = (end_of_turn, lead, delta)
+            elif found != (end_of_turn, lead, delta):
+                raise TemplateError(self._unstable(turn))
+            seen = longer
+        assert found is not None
+        return found[0], found[1]
+
+    def _special_token_at(self, text: str) -> str:
+        for token in sorted(_special_tokens(self.tokenizer), key=len, reverse=True):
+            if text.startswith(token):
+                return token
+        raise TemplateError(
+            f"the chat template of {_name(self.tokenizer)} ends a model turn with {text[:20]!r}, "
+            "which is not a special token: generation could not stop on ids"
+        )
+
+    def _measure_bos(self) -> int | None:
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            return None
+        text = self._render([_user("q")])
+        has_one = self._tokenize(text)[:1] == [bos] or self.tokenizer(text)["input_ids"][:1] == [bos]
+        return bos if has_one else None
+
+    def _unstable(self, turn: int) -> str:
+        return (
+            f"the chat template of {_name(self.tokenizer)} is not prefix-stable at turn {turn}: rendering the "
+            f"conversation with tool output as a {self.tool_role} turn changes what came before it"
+        )
+
+
+def messages_from_flat_text(question: str, text: str) -> list[dict[str, str]]:
+    """Messages of a ToRA/MathCoder-style solution: prose and ```python blocks, results in ```output fences."""
+    messages = [{"role": "user", "content": question}]
+    position = 0
+    for block in _OUTPUT_BLOCK.finditer(text):
+        messages.append({"role": "assistant", "content": text[position : block.start()].strip()})
+        messages.append({"role": "tool", "content": block.group(1)})
+        position = block.end()
+    if rest := text[position:].strip():
+        messages.append({"role": "assistant", "content": rest})
+    return messages
+
+
+def _alternating(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system text folded in, checked to be user, assistant, observation, assistant, ..."""
+    turns: list[Message] = [dict(m) for m in messages]
+    if turns and turns[0]["role"] == "system":
+        system = turns.pop(0)["content"]
+        if turns:
+            turns[0] = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
+    for index, message in enumerate(turns):
+        role, expected = (
+            message["role"],
+            "assistant" if index % 2 else ("user" if index == 0 else "tool or user"),
+        )
+        if role not in expected.split(" or "):
+            raise InputError(f"message {index} has the role {role!r}, expected {expected}")
+        if index % 2 and not message["content"].strip():
+            raise InputError(f"message {index} ({role}) is empty")
+        if index and role == "user" and (fenced := _FENCED_OUTPUT.match(message["content"])):
+            turns[index] = {"role": "tool", "content": fenced.group(1)}
+    if turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if len(turns) < 2:
+        raise InputError("a conversation needs a user message and an assistant message")
+    return turns
+
+
+def _executions(segments: Sequence[Segment]) -> tuple[Execution, ...]:
+    """What the tool turns of an imported conversation tell of their executions; seconds are unknown and 0."""
+    found = []
+    for action, observation in zip(segments[1::2], segments[2::2], strict=False):
+        code = code_to_run(action.text)
+        if code is not None:
+            is_error = _ERROR_LINE.search(_ANSI.sub("", observation.text)) is not None
+            found.append(Execution(code, observation.text, "error" if is_error else "ok", 0.0))
+    return tuple(found)
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _template_of(tokenizer: Any) -> str:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise TemplateError(
+            f"{_name(tokenizer)} has no chat template: use the instruction-tuned model's tokenizer, or set one"
+        )
+    return template
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
+def _single_id(tokenizer: Any, token: str) -> int:
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise TemplateError(f"{_name(tokenizer)} splits its end-of-turn token {token!r} into {len(ids)} ids")
+    return ids[0]
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__

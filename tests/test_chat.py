@@ -1,0 +1,264 @@
+import pytest
+
+from mtpo.chat import ChatFormat, code_to_run, messages_from_flat_text
+from mtpo.errors import InputError, TemplateError
+from mtpo.trajectory import Problem, StopReason, Trajectory
+from tests.tiny_tokenizers import END_OF_TURN, FAMILIES, make_tokenizer, published_template
+
+QUESTION = "Natalia sold 48 clips in April.\n\nHow many clips did she sell altogether?"
+ACTIONS = (
+    "Add them.\n```python\ntotal = 48 + 24\nprint(total)\n```",
+    "Check it again.\n```python\nprint(total - 24)\n```",
+    "The answer is $\\boxed{72}$.",
+)
+OUTPUTS = ("72", "  48\n\n  # \"quoted\" 'text'")
+
+
+def role_of_tool(family: str) -> str:
+    return "tool" if family.startswith("qwen") else "user"
+
+
+def published_messages(family: str) -> list[dict[str, str]]:
+    """The conversation as its author would hand it to `apply_chat_template`."""
+    messages = [{"role": "user", "content": QUESTION}]
+    for index, action in enumerate(ACTIONS):
+        messages.append({"role": "assistant", "content": action})
+        if index < len(OUTPUTS):
+            output = OUTPUTS[index]
+            text = output if role_of_tool(family) == "tool" else f"```output\n{output}\n```"
+            messages.append({"role": role_of_tool(family), "content": text})
+    return messages
+
+
+def play(chat: ChatFormat) -> Trajectory:
+    """The conversation as a rollout makes it, with what the model writes encoded as its engine would sample it."""
+    segments = [chat.prompt(QUESTION)]
+    for index, action in enumerate(ACTIONS):
+        ids = chat.tokenizer(chat.end_of_turn + chat.lead + action, add_special_tokens=False)["input_ids"][1:]
+        ids.append(chat.end_of_turn_id)
+        segments.append(type(segments[0])("action", tuple(ids), None, chat.action_text(ids)))
+        if index < len(OUTPUTS):
+            segments.append(chat.observation(OUTPUTS[index], after=ids))
+    return Trajectory("p", 0, tuple(segments), StopReason.ANSWERED, bos_id=chat.bos_id)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_those_of_the_published_template_at_every_turn(family: str) -> None:
+    tokenizer = make_tokenizer(family)
+    trajectory = play(ChatFormat.for_tokenizer(tokenizer))
+    messages = published_messages(family)
+    for turn in range(len(ACTIONS)):
+        text = tokenizer.apply_chat_template(
+            messages[: 2 * turn + 1], tokenize=False, add_generation_prompt=True
+        )
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        seen = [i for segment in trajectory.segments[: 2 * turn + 1] for i in segment.ids]
+        assert seen == expected
+        assert trajectory.input_ids[: len(seen)] == seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mask_marks_exactly_the_sampled_ids(family: str) -> None:
+    tokenizer = make_tokenizer(family)
+    trajectory = play(ChatFormat.for_tokenizer(tokenizer))
+    pairs = zip(trajectory.input_ids, trajectory.completion_mask, strict=True)
+    trained = tokenizer.decode([i for i, mask in pairs if mask])
+    assert [t.strip() for t in trained.split(END_OF_TURN[family])] == [*ACTIONS, ""]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_end_of_turn_is_trained_and_what_the_template_adds_after_it_is_not(family: str) -> None:
+    tokenizer = make_tokenizer(family)
+    trajectory = play(ChatFormat.for_tokenizer(tokenizer))
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
+    ends = [k for k, i in enumerate(trajectory.input_ids) if i == end and trajectory.completion_mask[k]]
+    assert len(ends) == len(ACTIONS)
+    assert all(trajectory.completion_mask[k + 1] == 0 for k in ends[:-1])
+    if family.startswith("gemma"):
+        assert tokenizer.decode(trajectory.input_ids[ends[0] + 1]) == "\n"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_is_one_bos_where_the_family_has_one(family: str) -> None:
+    tokenizer = make_tokenizer(family)
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    ids = play(chat).input_ids
+    if family.startswith("qwen"):
+        assert chat.bos_id is None
+    else:
+        assert chat.bos_id == tokenizer.bos_token_id
+        assert ids[0] == chat.bos_id and sum(i == chat.bos_id for i in ids) == 1
+
+
+def test_bos_that_only_the_tokenizer_adds_is_kept() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer("gemma", published_template("gemma").replace("{{ bos_token }}", ""))
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    assert ChatFormat.for_tokenizer(tokenizer).prompt("How many?").ids[:2] == (
+        bos,
+        tokenizer.convert_tokens_to_ids("<start_of_turn>"),
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_imported_messages_give_the_ids_of_the_rollout(family: str) -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer(family))
+    segments = chat.import_messages(published_messages(family))
+    assert [s.kind for s in segments] == [s.kind for s in play(chat).segments]
+    assert [s.ids for s in segments] == [s.ids for s in play(chat).segments]
+
+
+def test_gemma_shows_tool_output_as_a_fenced_user_turn() -> None:
+    tokenizer = make_tokenizer("gemma")
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    assert tokenizer.decode(chat.observation("72", after=[chat.end_of_turn_id]).ids) == (
+        "\n<start_of_turn>user\n```output\n72\n```<end_of_turn>\n<start_of_turn>model\n"
+    )
+
+
+def test_end_of_turn_is_inserted_untrained_when_the_model_did_not_sample_it() -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer("gemma"))
+    sampled = chat.observation("72", after=[5, chat.end_of_turn_id]).ids
+    assert chat.observation("72", after=[5, 6]).ids == (chat.end_of_turn_id, *sampled)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_control_tokens_in_tool_output_and_questions_stay_text(family: str) -> None:
+    tokenizer = make_tokenizer(family)
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    hostile = "".join(tokenizer.all_special_tokens) + END_OF_TURN[family]
+    for harmless, attacked in (
+        (chat.prompt("5"), chat.prompt(hostile)),
+        (
+            chat.observation("5", after=[chat.end_of_turn_id]),
+            chat.observation(hostile, after=[chat.end_of_turn_id]),
+        ),
+    ):
+        specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        assert [i for i in attacked.ids if i in specials] == [i for i in harmless.ids if i in specials]
+
+
+def test_template_that_drops_earlier_turns_is_refused_with_the_turn() -> None:
+    template = published_template("llama3").replace(
+        "set loop_messages = messages", "set loop_messages = messages[-4:]"
+    )
+    with pytest.raises(TemplateError, match="not prefix-stable at turn 2"):
+        ChatFormat.for_tokenizer(make_tokenizer("llama3", template))
+
+
+def test_template_that_strips_earlier_thoughts_is_refused_on_import_with_the_turn() -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer("qwen3"), tool_role="user")
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nAdd them."}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "Hm."},
+        {"role": "tool", "content": "1"},
+    ]
+    with pytest.raises(TemplateError, match="not prefix-stable at turn 2"):
+        chat.import_messages([*messages, thought, {"role": "tool", "content": "2"}, thought])
+
+
+def test_thoughts_survive_in_qwen3_with_its_tool_turn() -> None:
+    tokenizer = make_tokenizer("qwen3")
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    thought = "<think>\nhm\n</think>\n\nAdd them."
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": thought}]
+    messages += [{"role": "tool", "content": "2"}, {"role": "assistant", "content": "\\boxed{2}"}]
+    assert chat.import_messages(messages)[1].text == thought
+
+
+def test_tokenizer_without_a_template_is_refused() -> None:
+    tokenizer = make_tokenizer("gemma")
+    tokenizer.chat_template = None
+    with pytest.raises(TemplateError, match="has no chat template"):
+        ChatFormat.for_tokenizer(tokenizer)
+
+
+def test_template_whose_turns_end_in_plain_text_is_refused() -> None:
+    turns = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}assistant: {% endif %}"
+    with pytest.raises(TemplateError, match="not a special token"):
+        ChatFormat.for_tokenizer(make_tokenizer("qwen2_5", template))
+
+
+def test_template_that_refuses_tool_turns_says_so_in_one_line() -> None:
+    with pytest.raises(
+        TemplateError, match=r"cannot render the roles \['user', 'assistant', 'tool'\]"
+    ) as caught:
+        ChatFormat.for_tokenizer(make_tokenizer("mistral"), tool_role="tool")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_family_is_measured() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    ).replace("<|im_start|>", "<|im_end|>")
+    chat = ChatFormat.for_tokenizer(make_tokenizer("qwen2_5", template))
+    assert (chat.family, chat.end_of_turn) == ("measured", "<|endoftext|>")
+
+
+def test_leading_newline_of_an_imported_turn_is_not_merged_into_the_header() -> None:
+    tokenizer = make_tokenizer("gemma")
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    assert tokenizer("model\n\n", add_special_tokens=False)["input_ids"][
+        -1
+    ] == tokenizer.convert_tokens_to_ids("\n\n")
+    assert chat._ids_after_text("<start_of_turn>model\n", "\nHi")[0] == tokenizer.convert_tokens_to_ids("\n")
+
+
+def test_roles_out_of_order_are_named() -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer("gemma"))
+    with pytest.raises(InputError, match="message 1 has the role 'user', expected assistant"):
+        chat.import_messages([{"role": "user", "content": "q"}, {"role": "user", "content": "again"}])
+
+
+def test_system_text_of_a_conversation_is_put_before_the_question() -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer("gemma"))
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "\\boxed{3}"}]
+    segments = chat.import_messages([{"role": "system", "content": "Be brief."}, *messages])
+    assert segments[0] == chat.prompt("How many?", system="Be brief.")
+
+
+def test_import_tells_how_a_trajectory_ended_and_which_tool_calls_failed() -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer("gemma"))
+    flat = (
+        "Try.\n```python\nprint(x)\n```\n```output\nNameError: name 'x' is not defined\n```\n"
+        "Again.\n```python\nprint(3)\n```\n```output\n3\n```\nSo $\\boxed{3}$."
+    )
+    problem = Problem("p", "How many?", "3")
+    done = chat.import_trajectory(problem, messages_from_flat_text(problem.question, flat))
+    assert done.stop_reason == StopReason.ANSWERED
+    assert [(e.code, e.status) for e in done.executions] == [("print(x)", "error"), ("print(3)", "ok")]
+    unfinished = messages_from_flat_text(problem.question, flat[: flat.rindex("So")])
+    assert chat.import_trajectory(problem, unfinished).stop_reason == StopReason.TURN_LIMIT
+    assert chat.import_trajectory(problem, unfinished).num_turns == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("no code", None),
+        ("```python\nx = 1\n```", "x = 1"),
+        ("```python\nx = 1\n```\nthen\n```python\ny = 2\n```", "y = 2"),
+        ("```python\nx = 1", "x = 1"),
+        ("```output\nx = 1\n```", None),
+        ("```python\n\n```", None),
+    ],
+)
+def test_last_code_block_is_the_one_to_run(text: str, code: str | None) -> None:
+    assert code_to_run(text) == code
+
+
+def test_flat_text_is_split_at_its_output_fences() -> None:
+    text = "Use code.\n```python\nprint(2)\n```\n```output\n2\n\n3\n```\nIt is $\\boxed{2}$."
+    assert messages_from_flat_text("q", text) == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "Use code.\n```python\nprint(2)\n```"},
+        {"role": "tool", "content": "2\n\n3"},
+        {"role": "assistant", "content": "It is $\\boxed{2}$."},
+    ]
