@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import asyncio
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, Self
 
-from mtpo.trajectory import Execution
+from mtpo.answers import boxed_in_prose
+from mtpo.chat import ChatFormat, code_to_run
+from mtpo.errors import EngineError, EnvironmentFault
+from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +101,228 @@ class InterpreterSession(Protocol):
         """End the session and everything it started. Closing twice is fine."""
         ...
 
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exception: object) -> None: ...
+
 
 class Interpreter(Protocol):
-    """Makes sessions; `session()` is used as an async context manager."""
+    """Makes sessions, each an async context manager that closes itself."""
 
     def session(self) -> InterpreterSession: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How to draw tokens: the fields of `Sampling` that do not change between turns."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutLimits:
+    """When to stop. The defaults are those of arXiv 2409.02392."""
+
+    max_turns: int = 6
+    max_turn_tokens: int = 512
+    max_tokens: int | None = None
+    """Sampled tokens of the whole trajectory; None leaves it to the turns."""
+    tool_timeout_s: float = 5.0
+    """Seconds that one code block may run."""
+    max_retries: int = 2
+    """How often a trajectory that met an environment fault is started again."""
+
+
+async def rollout(
+    engine: Engine,
+    interpreter: Interpreter,
+    chat: ChatFormat,
+    problems: Iterable[Problem],
+    *,
+    samples: int = 1,
+    first_sample: int = 0,
+    decoding: Decoding = Decoding(),
+    limits: RolloutLimits = RolloutLimits(),
+    seed: int = 0,
+    policy: str = "",
+    iteration: int = 0,
+    skip: Container[tuple[str, int]] = frozenset(),
+    max_in_flight: int = 64,
+) -> AsyncGenerator[Trajectory, None]:
+    """Sample `samples` trajectories of each problem, yielding each as soon as it is finished.
+
+    Every trajectory is one coroutine, so none waits for another's turn. At most `max_in_flight` are
+    under way; one that is finished but not yet taken counts, so a slow consumer slows the rollout down.
+    Closing the generator cancels what is in flight.
+
+    Args:
+        first_sample: index of the first sample of each problem.
+        skip: (problem id, sample) pairs that are not wanted, for resuming.
+        seed: with the problem, sample and turn it fixes every draw.
+    """
+    jobs = (
+        (problem, sample)
+        for problem in problems
+        for sample in range(first_sample, first_sample + samples)
+        if (problem.id, sample) not in skip
+    )
+    player = _Player(engine, interpreter, chat, decoding, limits, seed, policy, iteration)
+    running: set[asyncio.Task[Trajectory]] = set()
+    try:
+        while True:
+            for problem, sample in itertools.islice(jobs, max_in_flight - len(running)):
+                running.add(asyncio.create_task(player.play(problem, sample)))
+            if not running:
+                return
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in [t for t in running if t.done()]:
+                running.discard(task)
+                yield task.result()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def turn_seed(seed: int, problem_id: str, sample: int, turn: int) -> int:
+    """A 63-bit seed for one turn: the same in every process, and unlike that of any other turn."""
+    key = json.dumps([seed, problem_id, sample, turn]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass
+class _Tape:
+    """A trajectory in the making."""
+
+    segments: list[Segment]
+    executions: list[Execution] = field(default_factory=list)
+    generate_s: float = 0.0
+    execute_s: float = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        return [i for segment in self.segments for i in segment.ids]
+
+    @property
+    def num_action_tokens(self) -> int:
+        return sum(len(s.ids) for s in self.segments if s.kind == "action")
+
+
+@dataclass(frozen=True)
+class _Player:
+    engine: Engine
+    interpreter: Interpreter
+    chat: ChatFormat
+    decoding: Decoding
+    limits: RolloutLimits
+    seed: int
+    policy: str
+    iteration: int
+
+    async def play(self, problem: Problem, sample: int) -> Trajectory:
+        """One trajectory. A fault starts it again from the beginning, and is recorded when it persists."""
+        for retries_left in reversed(range(self.limits.max_retries + 1)):
+            tape = _Tape([self.chat.prompt(problem.question)])
+            fault = None
+            try:
+                reason = await self._fill(tape, problem, sample)
+            except EnvironmentFault as error:
+                logger.warning("%s sample %d: %s (%d retries left)", problem.id, sample, error, retries_left)
+                reason, fault = StopReason.ENVIRONMENT_FAULT, f"{type(error).__name__}: {error}"
+            if fault is None or not retries_left:
+                return self._trajectory(tape, problem, sample, reason, fault)
+        raise AssertionError("unreachable: max_retries is not negative")
+
+    async def _fill(self, tape: _Tape, problem: Problem, sample: int) -> StopReason:
+        session_name = f"{problem.id}/{sample}"
+        try:
+            async with self.interpreter.session() as session:
+                for turn in range(self.limits.max_turns):
+                    reason = await self._act(
+                        tape, turn_seed(self.seed, problem.id, sample, turn), session_name
+                    )
+                    if reason is not None:
+                        return reason
+                    text = tape.segments[-1].text
+                    if boxed_in_prose(text) is not None:
+                        return StopReason.ANSWERED
+                    code = code_to_run(text)
+                    if code is None:
+                        return StopReason.NO_CODE
+                    if turn + 1 == self.limits.max_turns:
+                        return StopReason.TURN_LIMIT
+                    if not await self._observe(tape, session, code):
+                        return StopReason.CONTEXT_LIMIT
+            raise AssertionError("unreachable: the last turn returns")
+        finally:
+            self.engine.release(session_name)
+
+    async def _act(self, tape: _Tape, seed: int, session_name: str) -> StopReason | None:
+        """Sample one turn; the reason to stop if a limit cut it short."""
+        prompt = tape.ids
+        budgets = {StopReason.CONTEXT_LIMIT: self.engine.max_context - len(prompt)}
+        budgets[StopReason.TOKEN_LIMIT] = self.limits.max_turn_tokens
+        if self.limits.max_tokens is not None:
+            left = self.limits.max_tokens - tape.num_action_tokens
+            budgets[StopReason.TOKEN_LIMIT] = min(self.limits.max_turn_tokens, left)
+        limit = min(budgets, key=lambda reason: budgets[reason])
+        if budgets[limit] < 1:
+            return limit
+        sampling = Sampling(
+            max_tokens=budgets[limit],
+            stop_ids=self.chat.stop_ids,
+            temperature=self.decoding.temperature,
+            top_p=self.decoding.top_p,
+            top_k=self.decoding.top_k,
+            min_p=self.decoding.min_p,
+            seed=seed,
+        )
+        started = time.perf_counter()
+        turn = await self.engine.generate(prompt, sampling, session=session_name)
+        tape.generate_s += time.perf_counter() - started
+        if not turn.ids:
+            raise EngineError("the engine returned no token")
+        tape.segments.append(Segment("action", turn.ids, turn.logps, self.chat.action_text(turn.ids)))
+        return limit if turn.finish_reason == "length" else None
+
+    async def _observe(self, tape: _Tape, session: InterpreterSession, code: str) -> bool:
+        """Run the code and append its output; False if no token would fit after it."""
+        started = time.perf_counter()
+        execution = await session.execute(code, timeout_s=self.limits.tool_timeout_s)
+        tape.execute_s += time.perf_counter() - started
+        tape.executions.append(execution)
+        action = tape.segments[-1]
+        if len(action.ids) > 1 and action.ids[-1] != self.chat.end_of_turn_id:
+            # The end of the sequence was sampled where the dialogue goes on: leave it out of the context.
+            logps = action.logps and action.logps[:-1]
+            tape.segments[-1] = action = Segment("action", action.ids[:-1], logps, action.text)
+        observation = self.chat.observation(execution.text, after=action.ids)
+        if len(tape.ids) + len(observation.ids) >= self.engine.max_context:
+            return False
+        tape.segments.append(observation)
+        return True
+
+    def _trajectory(
+        self, tape: _Tape, problem: Problem, sample: int, reason: StopReason, fault: str | None
+    ) -> Trajectory:
+        segments = tape.segments
+        if segments[-1].kind == "observation":  # a fault, or a limit, came before the action that answers it
+            segments = segments[:-1]
+        return Trajectory(
+            problem_id=problem.id,
+            sample=sample,
+            segments=tuple(segments),
+            stop_reason=reason,
+            executions=tuple(tape.executions),
+            bos_id=self.chat.bos_id,
+            policy=self.policy,
+            fingerprint=self.engine.fingerprint,
+            iteration=self.iteration,
+            seed=self.seed,
+            generate_s=round(tape.generate_s, 4),
+            execute_s=round(tape.execute_s, 4),
+            fault=fault,
+        )
