@@ -108,8 +108,8 @@ def test_paired_test_approaches_the_normal_for_many_problems() -> None:
 
 
 def test_paired_test_joins_by_problem_id() -> None:
-    result = paired_test({"x": 1, "y": 0, "z": True}, {"z": False, "y": 1, "x": 1})
-    assert (result.improved, result.worsened) == (1, 1)
+    result = paired_test({"x": True, "y": 0, "z": 0}, {"z": False, "y": 1, "x": 1})
+    assert (result.improved, result.worsened) == (1, 0)
 
 
 def test_paired_test_refuses_what_is_not_paired() -> None:
