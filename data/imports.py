@@ -1,0 +1,134 @@
+"""Trajectories of others: from their records to message lists that `mtpo.chat` can render into ids.
+
+    turns                 question, gold, turns: [{role: assistant or tool, content}] (or that list as a JSON text)
+    chosen / rejected     two message lists, as published with arXiv 2409.02392; `prompt` in front if they lack it
+    messages              one message list
+    code, response, ...   a question and flat text with ```python and ```output fences, as ToRA's and MathCoder's;
+                          a list of texts is several samples
+
+Contents are kept as they are: a fence around tool output is taken off, and roles are checked to alternate, where
+`mtpo.chat` renders them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.problems import file_lines, gold_answer, parse_object
+from mtpo.chat import messages_from_flat_text
+from mtpo.errors import InputError
+from mtpo.trajectory import Problem
+
+QUESTION_KEYS = ("question", "problem", "prompt", "input")
+FLAT_TEXT_KEYS = ("code", "response", "completion", "generation", "output")
+GOLD_KEYS = ("gold", "gt", "ground_truth", "answer")
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+_NOT_METADATA = {"turns", "chosen", "rejected", "messages", *QUESTION_KEYS, *FLAT_TEXT_KEYS}
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignTrajectory:
+    """One finished conversation of another program."""
+
+    problem: Problem
+    """Its answer is "" where the record has no gold answer."""
+    messages: list[Message]
+    """Role and content, beginning with the question."""
+    metadata: dict[str, Any]
+    """The record's other fields; `side` is `chosen` or `rejected` for a pair, `sample` counts texts of a list."""
+
+
+def read_foreign(path: str | Path) -> Iterator[ForeignTrajectory]:
+    """The trajectories of a .jsonl or .jsonl.gz file in any of the forms above, in order.
+
+    A problem's id is `DATASET:SPLIT/INDEX` if the record has these fields, as in `load_problems`, else its
+    `problem_id`, else `FILE/INDEX` with the line's index from 0.
+
+    Raises:
+        InputError: there is no such file, or a record is broken; names file and line.
+    """
+    path = Path(path)
+    for index, (place, line) in enumerate(file_lines(path)):
+        if not line.strip():
+            continue
+        try:
+            yield from _from_row(parse_object(line), f"{path.name.split('.')[0]}/{index}")
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+
+
+def _from_row(row: dict[str, Any], default_id: str) -> Iterator[ForeignTrajectory]:
+    if all(row.get(key) is not None for key in ("dataset", "split", "index")):
+        problem_id = f"{row['dataset']}:{row['split']}/{row['index']}"
+    else:
+        problem_id = str(row.get("problem_id", default_id))
+    gold = next((gold_answer(row[key]) for key in GOLD_KEYS if row.get(key) is not None), "")
+    metadata = {key: value for key, value in row.items() if key not in _NOT_METADATA}
+    for messages, note in _conversations(row):
+        question = next((m["content"] for m in messages if m["role"] == "user"), None)
+        if question is None:
+            raise InputError("the messages hold no question: expected a message with the role 'user'")
+        yield ForeignTrajectory(Problem(problem_id, question, gold), messages, metadata | note)
+
+
+def _conversations(row: Mapping[str, Any]) -> Iterator[tuple[list[Message], dict[str, Any]]]:
+    """The message lists of one record, each with what tells it from the others."""
+    sides = [side for side in ("chosen", "rejected") if row.get(side) is not None]
+    text_key = next((key for key in FLAT_TEXT_KEYS if row.get(key) is not None), None)
+    if row.get("turns") is not None:
+        yield [{"role": "user", "content": _question(row)}, *_messages(row["turns"], "turns")], {}
+    elif sides:
+        for side in sides:
+            messages = _messages(row[side], side)
+            if messages[0]["role"] == "assistant":
+                messages = [*_prompt(row), *messages]
+            yield messages, {"side": side}
+    elif row.get("messages") is not None:
+        yield _messages(row["messages"], "messages"), {}
+    elif text_key is not None:
+        texts = row[text_key] if isinstance(row[text_key], list) else [row[text_key]]
+        for sample, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"{text_key!r} must be a text or a list of texts, got {text!r:.80}")
+            yield messages_from_flat_text(_question(row), text), {"sample": sample} if len(texts) > 1 else {}
+    else:
+        known = ", ".join(("turns", "chosen", "rejected", "messages", *FLAT_TEXT_KEYS))
+        raise InputError(f"no trajectory among the fields {sorted(row)}; expected one of {known}")
+
+
+def _prompt(row: Mapping[str, Any]) -> list[Message]:
+    if isinstance(row.get("prompt"), list):
+        return _messages(row["prompt"], "prompt")
+    return [{"role": "user", "content": _question(row)}]
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    question = next((row[key] for key in QUESTION_KEYS if row.get(key) is not None), None)
+    if not isinstance(question, str) or not question.strip():
+        expected = " or ".join(QUESTION_KEYS)
+        raise InputError(f"expected the question as a text in {expected}, got {question!r:.80}")
+    return question
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"{key!r} is a text but not JSON: {error}") from None
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{key!r} must be a list of messages, got {value!r:.80}")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise InputError(f"{key!r}, message {index}: expected role and content, got {message!r:.80}")
+        if message.get("role") not in ROLES:
+            raise InputError(
+                f"{key!r}, message {index}: unknown role {message.get('role')!r}, expected {sorted(ROLES)}"
+            )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
