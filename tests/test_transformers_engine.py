@@ -1,0 +1,199 @@
+import asyncio
+import itertools
+
+import pytest
+import torch
+
+from mtpo.engines.transformers import TransformersEngine
+from mtpo.errors import EngineError, InputError
+from mtpo.logprobs import action_logps
+from mtpo.rollout import Generation, Sampling
+from tests.tiny_models import FAMILIES, Family, tiny_model
+
+PROMPTS = [[2, 5, 6, 7], [2, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [2, 8]]
+LONG = 24
+NO_STOP = ()
+
+
+def model_of(family: Family):
+    return tiny_model(family, std=0.3)  # sharp enough that a wrong mask, position or soft-cap changes tokens
+
+
+async def complete(engine: TransformersEngine, prompts, sampling, session: str = "s") -> list[Generation]:
+    calls = [engine.generate(p, sampling, session=f"{session}{i}") for i, p in enumerate(prompts)]
+    return await asyncio.gather(*calls)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_greedy_ids_equal_those_of_generate(family: Family) -> None:
+    model = model_of(family)
+    engine = TransformersEngine(model)
+    generations = await complete(engine, PROMPTS, Sampling(LONG, NO_STOP, temperature=0))
+    for prompt, generation in zip(PROMPTS, generations, strict=True):
+        expected = model.generate(  # pyright: ignore[reportCallIssue]
+            torch.tensor([prompt]),
+            max_new_tokens=LONG,
+            min_new_tokens=LONG,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert list(generation.ids) == expected[0, len(prompt) :].tolist()
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_logps_are_those_of_the_trainer_over_six_turns(family: Family) -> None:
+    model = model_of(family)
+    engine = TransformersEngine(model)
+    ids, mask, logps = list(PROMPTS[0]), [0] * len(PROMPTS[0]), []
+    for turn in range(6):
+        turn_ = await engine.generate(ids, Sampling(5, NO_STOP, seed=turn), session="one")
+        observation = [21 + turn, 22, 23]
+        ids += [*turn_.ids, *observation]
+        mask += [1] * 5 + [0] * 3
+        logps += list(turn_.logps or ())
+    trained = action_logps(model, torch.tensor([ids]), torch.tensor([mask]))
+    assert torch.allclose(trained[0][torch.tensor(mask).bool()], torch.tensor(logps), atol=1e-4)
+    await engine.aclose()
+
+
+async def test_turns_of_a_session_feed_only_what_is_new() -> None:
+    engine = TransformersEngine(model_of("gemma2"))
+    fed = count_fed_tokens(engine)
+    first = await engine.generate(PROMPTS[1], Sampling(4, NO_STOP), session="one")
+    assert fed() == len(PROMPTS[1]) + 3
+    observation = [30, 31]
+    await engine.generate([*PROMPTS[1], *first.ids, *observation], Sampling(4, NO_STOP), session="one")
+    assert fed() == 1 + len(observation) + 3  # the last sampled id was never fed
+    await engine.aclose()
+
+
+async def test_samples_of_one_problem_share_its_prefill() -> None:
+    engine = TransformersEngine(model_of("gemma2"))
+    fed = count_fed_tokens(engine)
+    await complete(engine, [PROMPTS[1]] * 8, Sampling(1, NO_STOP))
+    assert fed() == len(PROMPTS[1]) + 7
+    await engine.aclose()
+
+
+async def test_shared_prefill_changes_no_token() -> None:
+    model = model_of("gemma3")
+    together = await complete(TransformersEngine(model), [PROMPTS[1]] * 4, Sampling(LONG, NO_STOP, seed=3))
+    alone = await complete(TransformersEngine(model), [PROMPTS[1]], Sampling(LONG, NO_STOP, seed=3))
+    assert {g.ids for g in together} == {alone[0].ids}
+
+
+async def test_sessions_beyond_the_rows_are_evicted_or_wait_and_lose_nothing() -> None:
+    model = model_of("gemma2")
+
+    async def play(max_rows: int) -> list[tuple[int, ...]]:
+        engine = TransformersEngine(model, max_rows=max_rows)
+        prompts = [[2, 5 + i, 6, 7] for i in range(7)]
+        found = []
+        for turn in range(3):
+            turns = await complete(engine, prompts, Sampling(6, NO_STOP, seed=turn))
+            prompts = [[*p, *t.ids, 30 + turn] for p, t in zip(prompts, turns, strict=True)]
+            found += [t.ids for t in turns]
+        await engine.aclose()
+        return found
+
+    assert await play(max_rows=2) == await play(max_rows=16)
+
+
+async def test_generation_stops_on_ids_and_keeps_the_stop_id() -> None:
+    engine = TransformersEngine(model_of("llama"))
+    [free] = await complete(engine, PROMPTS[:1], Sampling(LONG, NO_STOP, temperature=0))
+    stop = free.ids[5]
+    first = free.ids.index(stop)
+    [stopped] = await complete(engine, PROMPTS[:1], Sampling(LONG, (stop,), temperature=0), session="t")
+    assert (stopped.ids, stopped.finish_reason) == (free.ids[: first + 1], "stop")
+    assert free.finish_reason == "length" and len(free.ids) == LONG
+    await engine.aclose()
+
+
+async def test_seeds_reproduce_whatever_else_is_in_the_batch() -> None:
+    model = model_of("gemma2")
+    engine = TransformersEngine(model)
+    alone = await engine.generate(PROMPTS[0], Sampling(LONG, NO_STOP, seed=11), session="a")
+    sampling = Sampling(LONG, NO_STOP, seed=11)
+    among = await asyncio.gather(
+        *(engine.generate(PROMPTS[1], Sampling(LONG, NO_STOP, seed=i), session=f"x{i}") for i in range(5)),
+        engine.generate(PROMPTS[0], sampling, session="b"),
+    )
+    other = await engine.generate(PROMPTS[0], Sampling(LONG, NO_STOP, seed=12), session="c")
+    assert among[-1].ids == alone.ids != other.ids
+    await engine.aclose()
+
+
+async def test_context_ends_a_turn_as_too_long() -> None:
+    engine = TransformersEngine(model_of("llama"), max_context=10)
+    generation = await engine.generate(PROMPTS[0], Sampling(LONG, NO_STOP), session="a")
+    assert (len(generation.ids), generation.finish_reason) == (6, "length")
+    with pytest.raises(InputError, match="does not fit a context of 10"):
+        await engine.generate(list(range(10)), Sampling(1, NO_STOP))
+    await engine.aclose()
+
+
+async def test_cancelled_call_frees_its_row_and_disturbs_nobody() -> None:
+    engine = TransformersEngine(model_of("gemma2"), max_rows=1)
+    long_call = asyncio.create_task(engine.generate(PROMPTS[0], Sampling(400, NO_STOP), session="a"))
+    waiting = asyncio.create_task(engine.generate(PROMPTS[1], Sampling(3, NO_STOP), session="b"))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    long_call.cancel()
+    assert len((await waiting).ids) == 3
+    assert long_call.cancelled()
+    await engine.aclose()
+
+
+async def test_failure_of_the_model_reaches_every_caller_and_the_next_call_works() -> None:
+    engine = TransformersEngine(model_of("llama"))
+    backbone, forward = engine._model.base_model, engine._model.base_model.forward
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    backbone.forward = broken
+    calls = [engine.generate(p, Sampling(3, NO_STOP), session=str(i)) for i, p in enumerate(PROMPTS)]
+    for error in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(error, EngineError) and "out of memory" in str(error)
+    backbone.forward = forward
+    assert len((await engine.generate(PROMPTS[0], Sampling(3, NO_STOP))).ids) == 3
+    await engine.aclose()
+
+
+async def test_long_prefills_are_cut_into_bounded_steps() -> None:
+    model = model_of("gemma2")
+    prompts = [[2, *range(5, 5 + n)] for n in (30, 3, 25, 12)]
+    bounded = await complete(
+        TransformersEngine(model, prefill_tokens=32), prompts, Sampling(8, NO_STOP, temperature=0)
+    )
+    free = await complete(TransformersEngine(model), prompts, Sampling(8, NO_STOP, temperature=0))
+    assert [g.ids for g in bounded] == [g.ids for g in free]
+
+
+def test_attention_that_ignores_the_mask_is_refused() -> None:
+    with pytest.raises(InputError, match="attn_implementation='flex_attention'"):
+        TransformersEngine(tiny_model("llama", attention="flex_attention"))
+
+
+def count_fed_tokens(engine: TransformersEngine):
+    """A function that tells how many tokens went through the model since it was last asked."""
+    fed = itertools.count()
+    last = 0
+    forward = engine._forward
+
+    def counting(rows, start):
+        for _ in range(sum(len(row.pending) for row in rows)):
+            next(fed)
+        return forward(rows, start)
+
+    engine._forward = counting  # pyright: ignore[reportAttributeAccessIssue]
+
+    def since() -> int:
+        nonlocal last
+        now = next(fed)
+        found, last = now - last, now + 1
+        return found
+
+    return since
