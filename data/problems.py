@@ -25,6 +25,7 @@ from typing import Any
 
 from mtpo.answers import gold_from_gsm8k, gold_from_solution
 from mtpo.errors import InputError
+from mtpo.runs import write_jsonl
 from mtpo.trajectory import Problem
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,30 @@ def read_problem_file(path: str | Path, set_name: str | None = None) -> tuple[li
     """
     path = Path(path)
     return _collect(set_name or path.name.split(".")[0], _file_rows(path))
+
+
+def write_problems(path: Path, problems: Sequence[Problem]) -> None:
+    """The problems of a run, one JSON object a line.
+
+    Raises:
+        InputError: the file is there and holds other problems.
+    """
+    if not path.exists():
+        write_jsonl(path, [problem.to_json() for problem in problems])
+    elif read_problems(path) != list(problems):
+        raise InputError(f"{path} holds other problems than were asked for: take another --out")
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems that `write_problems` wrote.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file; is {path.parent} the --out of recipes.generate?")
+    with path.open(encoding="utf-8") as file:
+        return [Problem.from_json(json.loads(line)) for line in file]
 
 
 def assert_disjoint(*named_sets: tuple[str, Sequence[Problem]]) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,21 @@ class RunFolder:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write the whole file or nothing: a reader, or a crash, never sees half of it."""
+    """Write the whole file or nothing: a reader, or a crash, never sees half of it. Folders are made."""
+    _write_whole(path, [json.dumps(value, indent=2, ensure_ascii=False)])
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line, the whole file or nothing. Folders are made."""
+    _write_whole(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.writelines(line + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
