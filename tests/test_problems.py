@@ -55,6 +55,14 @@ def test_a_row_is_recognised_by_its_fields(tmp_path: Path, row: Any, question: s
     assert (problem.question, problem.answer) == (question, answer)
 
 
+def test_the_rows_in_the_readme_are_all_read(tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parents[1] / "data" / "README.md").read_text()
+    rows = readme.partition("```json\n")[2].partition("```")[0]
+    (tmp_path / "readme.jsonl").write_text(rows)
+    answers = [p.answer for p in load_problems(str(tmp_path / "readme.jsonl"))]
+    assert answers == ["2125", "\\frac34", "4", "4", "4", "4"]
+
+
 def test_level_and_subject_are_kept_as_text(tmp_path: Path) -> None:
     math500_row = {"problem": "p", "answer": "1", "subject": "Algebra", "level": 2}
     first, second = load_problems(str(write_rows(tmp_path / "set.jsonl", MATH_ROW, math500_row)))

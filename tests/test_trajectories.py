@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import data.trajectories
-from data.trajectories import Journal, read_trajectories
+from data.trajectories import Journal, decode_line, read_trajectories
 from mtpo.errors import InputError, MtpoError
 from mtpo.trajectory import Execution, Segment, StopReason, Trajectory
 
@@ -58,6 +58,11 @@ def test_a_line_is_json_whose_last_key_is_the_crc_of_the_bytes_before_it(tmp_pat
     assert crc_key and list(row)[-1] == "crc32"
     assert row["crc32"] == f"{zlib.crc32(body):08x}"
     assert row["problem_id"] == "set/0"
+
+
+def test_the_line_in_the_readme_is_one_that_the_journal_reads() -> None:
+    (line,) = (s for s in (ROOT / "data" / "README.md").read_text().splitlines() if '"crc32": "' in s)
+    assert decode_line(line.encode() + b"\n").executions[0].text == "42"
 
 
 def test_a_new_journal_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
