@@ -1,0 +1,234 @@
+"""The log-prob primitive that every method shares, and the language-model head behind it.
+
+Only positions whose next token is an action token reach the head, in tiles, forward and backward, so that
+(B, T, V) logits never exist. The head is reached through the wrapped model: the causal LM gets a forward
+with a `completion_mask` keyword, so that the hooks of DDP, FSDP, DeepSpeed and PEFT fire. Calling the backbone
+of the unwrapped model instead would leave DDP silently unsynchronised.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from mtpo.errors import InputError
+from mtpo.models import unwrapped
+
+MAX_TILE = 1 << 26
+"""Logits that exist at once: 256 MiB in float32; the backward pass holds about three such tiles."""
+
+UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Config fields of families that scale their logits (Cohere, Granite, Falcon-H1), which this head does not."""
+
+
+def action_logps(
+    model: nn.Module,
+    input_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """log p(token t | tokens before it), in nats, on the tokens that the model wrote.
+
+    Args:
+        model: a causal LM of transformers, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
+        input_ids: (B, T), padded on the right.
+        completion_mask: (B, T); 1 where the model wrote the token, 0 on prompt, tool output and padding.
+        attention_mask: (B, T); 0 on padding. Right padding cannot be seen by earlier tokens, so without a mask
+            the result is the same.
+
+    Returns:
+        (B, T) float32, float64 for a float64 model; 0 off the mask.
+
+    Raises:
+        InputError: the shapes differ, the mask marks token 0, which nothing predicts, or the model is of a
+            family whose head this module does not know.
+    """
+    if input_ids.ndim != 2 or input_ids.shape != completion_mask.shape:
+        raise InputError(
+            f"input_ids {tuple(input_ids.shape)} and completion_mask {tuple(completion_mask.shape)} "
+            "must both be (B, T)"
+        )
+    if completion_mask[:, 0].any():
+        raise InputError("completion_mask marks token 0, which nothing predicts: is the prompt empty?")
+    install(unwrapped(model))
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        completion_mask=completion_mask,
+    )
+
+
+def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """The model's logits, (..., V), for its last hidden states, (..., H): bias and soft-cap included.
+
+    float32, float64 for a float64 model. The one place that knows how a family ends.
+    """
+    head, softcap = unwrapped(model).get_output_embeddings(), final_softcap(model)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if _is_plain(head):
+            return _capped(_project(hidden, head.weight, head.bias), softcap)
+        return _capped(_at_least_float32(head(hidden)), softcap)
+
+
+def final_softcap(model: nn.Module) -> float | None:
+    """cap of `cap * tanh(logits / cap)`, or None.
+
+    Raises:
+        InputError: the family scales its logits in a way that this module does not know.
+    """
+    config = unwrapped(model).config.get_text_config()
+    for name in UNSUPPORTED_SCALES:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise InputError(
+                f"{config.model_type} models scale their logits ({name}), which is not supported"
+            )
+    return getattr(config, "final_logit_softcapping", None)
+
+
+def install(model: Any) -> None:
+    """Give a causal LM the `completion_mask` keyword; without it, its forward is what it was. Idempotent."""
+    if getattr(model, "_returns_action_logps", False):
+        return
+    original = type(model).forward  # the class's own: a copy.deepcopy of the model must not call this one
+
+    @functools.wraps(original)  # generate() reads the signature
+    def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if completion_mask is None:
+            return original(self, *args, **kwargs)
+        return _forward(self, *args, completion_mask=completion_mask, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    model._returns_action_logps = True
+
+
+def _forward(model: Any, input_ids: Tensor, *, completion_mask: Tensor, **kwargs: Any) -> Tensor:
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state  # (B, T, H)
+    is_action = completion_mask.bool()
+    selected = is_action[:, 1:]
+    logps = _score(model, hidden[:, :-1][selected], input_ids[:, 1:][selected])  # (N,)
+    return logps.new_zeros(input_ids.shape).masked_scatter(is_action, logps)
+
+
+def _score(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log p of each target, (N,), after its hidden state, (N, H)."""
+    head, softcap = model.get_output_embeddings(), final_softcap(model)
+    rows = max(1, MAX_TILE // model.config.get_text_config().vocab_size)
+    if _is_plain(head):
+        return _TiledLogps.apply(hidden, _gathered(head.weight), _gathered(head.bias), targets, softcap, rows)
+
+    def tile(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head_logits(model, hidden)
+        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+    # LoRA on the head, say: whatever the module computes, recomputed in the backward pass.
+    tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(tile, h, t, use_reentrant=False) for h, t in tiles])  # pyright: ignore
+
+
+class _TiledLogps(torch.autograd.Function):
+    """log_softmax(cap(hidden @ weight.T + bias))[target], recomputing each tile of logits in the backward pass.
+
+    Sums over rows and over the vocabulary run in float32, also for half-precision weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,)
+        softcap: float | None,
+        rows: int,
+    ) -> Tensor:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        normalizers = torch.empty_like(logps)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for tile in _tiles(len(hidden), rows):
+                logits = _capped(_project(hidden[tile], weight, bias), softcap)
+                normalizers[tile] = logits.logsumexp(-1)
+                logps[tile] = logits.gather(-1, targets[tile, None]).squeeze(-1) - normalizers[tile]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
+        ctx.softcap, ctx.rows = softcap, rows
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        (gradient,) = upstream
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=gradient.dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=gradient.dtype) if wants_bias else None
+        for tile in _tiles(len(hidden), ctx.rows):
+            logits = _capped(_project(hidden[tile], weight, bias), ctx.softcap)
+            # d logp / d logits = one_hot(target) - softmax, times 1 - tanh^2 through the cap
+            delta = (logits - normalizers[tile, None]).exp_().mul_(-gradient[tile, None])
+            delta.scatter_add_(-1, targets[tile, None], gradient[tile, None])
+            if ctx.softcap is not None:
+                delta.mul_(1 - (logits / ctx.softcap).square_())
+            if grad_hidden is not None:
+                grad_hidden[tile] = _matmul(delta, weight).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += _matmul(delta.T, hidden[tile])
+            if grad_bias is not None:
+                grad_bias += delta.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _tiles(length: int, rows: int) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, length, rows)]
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = _matmul(hidden, weight.T)
+    return logits if bias is None else logits + bias.to(logits.dtype)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 if either is), rounding nothing to half precision on the way out."""
+    if (
+        b.is_cuda
+        and b.dtype in (torch.bfloat16, torch.float16)
+        and a.ndim == 2
+        and not torch.is_grad_enabled()
+    ):
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """The head is its weight and bias: no LoRA, no quantisation, no other module in disguise."""
+    return isinstance(head, nn.Linear) and head.weight.is_floating_point()
+
+
+def _gathered(parameter: Any) -> Any:
+    """The whole tensor, where FSDP2 holds a shard of it."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

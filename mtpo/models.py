@@ -1,0 +1,125 @@
+"""Models and tokenizers as transformers loads them, with the attention that the config asks for.
+
+Gemma 2 squashes attention scores with `cap * tanh(score / cap)`. transformers 5.0 to 5.20 load it with sdpa,
+which drops the cap without a word: log-probs are then off by several nats. So the implementation is always
+named when a model is loaded, and checked before a model is trained or sampled from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from mtpo.errors import GuardError, InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""No float16: Gemma's activations overflow it."""
+
+SOFTCAP_IMPLEMENTATIONS = ("eager", "flex_attention", "flash_attention_2", "flash_attention_3")
+"""Attention implementations that apply the cap, or refuse to run where the installed kernel cannot."""
+
+TEXT_OF_MULTIMODAL = {r"^(model\.)?language_model\.(model\.)?": "model."}
+"""Where a multimodal Gemma 3 checkpoint keeps the weights of its text model."""
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: str = "float32", attention: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode; of a multimodal Gemma 3 checkpoint, its text model.
+
+    Args:
+        name_or_path: a folder written by `save_pretrained`, or a name on the hub.
+        dtype: a key of `DTYPES`.
+        attention: transformers' `attn_implementation`; `exact_attention(config)` by default.
+
+    Raises:
+        InputError: there is no such folder or name, it holds no causal language model, weights are missing
+            from it, or the attention implementation is unknown or cannot run here.
+        GuardError: `attention` would drop the model's soft-cap.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    config = _pretrained(AutoConfig, name_or_path, "model")
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
+    if config.model_type == "gemma3":
+        config, options["key_mapping"] = config.get_text_config(), TEXT_OF_MULTIMODAL
+    options |= {"config": config, "attn_implementation": attention or exact_attention(config)}
+    model, info = _pretrained(AutoModelForCausalLM, name_or_path, "model", **options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"model {name_or_path}: {len(missing)} weights are missing, {missing[0]} among them")
+    require_exact_attention(model)
+    return model.eval()
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        InputError: there is no such folder or name, or it holds no tokenizer.
+    """
+    return _pretrained(AutoTokenizer, name_or_path, "tokenizer")
+
+
+def exact_attention(config: Any) -> str:
+    """The `attn_implementation` to load a transformers config with: exact, and available everywhere."""
+    return "eager" if _softcap(config) else "sdpa"
+
+
+def require_exact_attention(model: nn.Module) -> None:
+    """
+    Raises:
+        GuardError: the config asks for a soft-cap that the loaded attention implementation drops.
+    """
+    config = unwrapped(model).config
+    implementation = config.get_text_config()._attn_implementation
+    if _softcap(config) and implementation not in SOFTCAP_IMPLEMENTATIONS:
+        raise GuardError(
+            f"attention implementation {implementation!r} drops the soft-cap of {_softcap(config)} that this "
+            f"{config.model_type} model was trained with: load it with 'eager' or 'flex_attention'"
+        )
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    while (inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None)) is not None:
+        model = inner
+    unwrap_peft = getattr(model, "get_base_model", None)
+    return unwrap_peft() if unwrap_peft is not None else model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names, types, shapes and bytes of all weights, adapters included; 64 hex digits.
+
+    Reads every weight once: about a second per GB.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in unwrapped(model).named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(content.numpy())  # pyright: ignore[reportArgumentType]
+    return digest.hexdigest()
+
+
+def _softcap(config: Any) -> float | None:
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def _pretrained(auto_class: Any, name_or_path: str | Path, kind: str, **options: Any) -> Any:
+    """`from_pretrained`, with one line instead of a traceback where the user's name or folder is at fault."""
+    path = Path(name_or_path)
+    looks_local = path.is_absolute() or str(name_or_path).startswith(".") or len(path.parts) > 2
+    if looks_local and not path.is_dir():
+        raise InputError(f"{kind} {name_or_path}: no such folder")
+    if path.is_dir() and not (path / "config.json").exists() and kind == "model":
+        raise InputError(f"{kind} {name_or_path}: the folder has no config.json")
+    try:
+        return auto_class.from_pretrained(str(name_or_path), **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{kind} {name_or_path}: {reason}") from error
