@@ -195,7 +195,13 @@ class Trajectory:
         return sum(len(s.ids) for s in self.actions)
 
     def to_json(self) -> dict[str, Any]:
-        row = dataclasses.asdict(self)
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # asdict copies id by id
+        row["stop_reason"] = self.stop_reason.value
+        row["segments"] = [
+            {"kind": s.kind, "ids": list(s.ids), "logps": s.logps and list(s.logps), "text": s.text}
+            for s in self.segments
+        ]
+        row["executions"] = [dataclasses.asdict(e) for e in self.executions]
         row["metadata"] = dict(self.metadata)
         return row
 
