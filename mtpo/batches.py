@@ -1,0 +1,239 @@
+"""Training rows: how they lie on disk, and how they become padded batches.
+
+A row is a plain dict, one JSON object a line. A single trajectory, with `label` if it is for KTO:
+
+    {"problem_id": str, "sample": int, "input_ids": [int], "completion_mask": [0 or 1], "label": bool}
+
+and a pair, both sides beginning with the same prompt:
+
+    {"problem_id": str, "chosen_sample": int, "rejected_sample": int,
+     "chosen_input_ids": [int], "chosen_completion_mask": [0 or 1],
+     "rejected_input_ids": [int], "rejected_completion_mask": [0 or 1]}
+
+`completion_mask` is 1 on the ids that the model sampled, 0 on prompt and tool output. The prompt is the
+leading run of zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mtpo.errors import InputError
+
+Row = dict[str, Any]
+RowKind = Literal["single", "label", "pair"]
+Mask = Literal["action", "none"]
+
+COLUMNS: dict[RowKind, dict[str, type]] = {
+    "single": {"problem_id": str, "sample": int, "input_ids": list, "completion_mask": list},
+    "label": {"problem_id": str, "sample": int, "input_ids": list, "completion_mask": list, "label": bool},
+    "pair": {
+        "problem_id": str,
+        "chosen_sample": int,
+        "rejected_sample": int,
+        "chosen_input_ids": list,
+        "chosen_completion_mask": list,
+        "rejected_input_ids": list,
+        "rejected_completion_mask": list,
+    },
+}
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a JSONL file, checked; blank lines are skipped.
+
+    Raises:
+        InputError: naming the file and the line: no such file, not JSON, a column is missing or of the wrong
+            type, ids and mask differ in length, the mask marks token 0 or nothing at all, the sides of a pair
+            do not share their prompt, rows of two kinds in one file, or no row at all.
+    """
+    rows: list[Row] = []
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                rows.append(_parsed(line, where := f"{path}, line {number}"))
+                if row_kind(rows[-1]) != row_kind(rows[0]):
+                    raise InputError(
+                        f"{where}: a {row_kind(rows[-1])} row in a file of {row_kind(rows[0])} rows"
+                    )
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    return rows
+
+
+def row_kind(row: Row) -> RowKind:
+    if "chosen_input_ids" in row:
+        return "pair"
+    return "label" if "label" in row else "single"
+
+
+def check_row(row: Row, where: str) -> None:
+    """
+    Raises:
+        InputError: beginning with `where`, what is wrong with the row.
+    """
+    for name, expected in COLUMNS[row_kind(row)].items():
+        if name not in row:
+            raise InputError(
+                f"{where}: the column {name!r} is missing; a {row_kind(row)} row has "
+                f"{', '.join(COLUMNS[row_kind(row)])}"
+            )
+        if type(row[name]) is not expected:
+            raise InputError(f"{where}: {name} is {row[name]!r:.40}, expected {expected.__name__}")
+    for side in sides(row):
+        _check_side(row, side, where)
+    if row_kind(row) == "pair" and prompt_ids(row, "chosen_") != prompt_ids(row, "rejected_"):
+        raise InputError(f"{where}: chosen and rejected do not begin with the same prompt")
+
+
+def sides(row: Row) -> tuple[str, ...]:
+    """Prefixes of the columns that hold a trajectory."""
+    return ("chosen_", "rejected_") if row_kind(row) == "pair" else ("",)
+
+
+def prompt_ids(row: Row, side: str = "") -> list[int]:
+    """The ids before the first one that the model sampled."""
+    return row[f"{side}input_ids"][: row[f"{side}completion_mask"].index(1)]
+
+
+def row_name(row: Row) -> str:
+    """For messages: the problem, and which of its samples."""
+    samples = [row.get(f"{side}sample", "?") for side in sides(row)]
+    return f"{row.get('problem_id', '?')} sample {' over '.join(map(str, samples))}"
+
+
+def drop_too_long(rows: Sequence[Row], max_length: int) -> tuple[list[Row], int]:
+    """The rows of which no trajectory is longer than `max_length` tokens, and the number of the others.
+
+    A trajectory is never cut: without its end it would be another one.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    kept = [row for row in rows if row_length(row) <= max_length]
+    if not kept:
+        shortest = min((row_length(row) for row in rows), default=0)
+        raise InputError(
+            f"none of {len(rows)} rows fits into {max_length} tokens; the shortest needs {shortest}"
+        )
+    return kept, len(rows) - len(kept)
+
+
+def row_length(row: Row) -> int:
+    """Tokens of the row's longest trajectory."""
+    return max(len(row[f"{side}input_ids"]) for side in sides(row))
+
+
+def masked_rows(rows: Sequence[Row], mask: Mask) -> list[Row]:
+    """The rows under a mask: "action" leaves them as they are, "none" counts everything after the prompt.
+
+    "none" is the single-turn baseline of the multi-turn papers: tool output and turn headers are trained too.
+    """
+    if mask == "action":
+        return list(rows)
+    unmasked = []
+    for row in rows:
+        masks = {}
+        for side in sides(row):
+            start, length = len(prompt_ids(row, side)), len(row[f"{side}input_ids"])
+            masks[f"{side}completion_mask"] = [0] * start + [1] * (length - start)
+        unmasked.append(row | masks)
+    return unmasked
+
+
+@dataclass(frozen=True)
+class SingleCollator:
+    """Rows with one trajectory -> right-padded tensors.
+
+    input_ids, attention_mask, completion_mask: (B, T) int64. If the rows have them: labels (B,) bool from
+    `label`, ref_logps (B,) float64 from `ref_logps`, index (B,) int64 from `index`; and from `mismatched`, a
+    row itself, the same tensors with the prefix `kl_`.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        batch = _padded([(row["input_ids"], row["completion_mask"]) for row in rows], self.pad_id)
+        if "label" in rows[0]:
+            batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.bool)
+        if "ref_logps" in rows[0]:
+            batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in rows], dtype=torch.float64)
+        if "mismatched" in rows[0]:
+            mismatched = SingleCollator(self.pad_id)([row["mismatched"] for row in rows])
+            batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
+        return batch | _index(rows)
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """B pairs -> one right-padded batch of 2 B trajectories, all chosen ones before all rejected ones.
+
+    input_ids, attention_mask, completion_mask: (2 B, T) int64. If the rows have them: ref_logps (2 B,) float64
+    from `chosen_ref_logps` and `rejected_ref_logps`, index (B,) int64 from `index`.
+    """
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        order = [(row, side) for side in ("chosen_", "rejected_") for row in rows]
+        batch = _padded(
+            [(row[f"{side}input_ids"], row[f"{side}completion_mask"]) for row, side in order], self.pad_id
+        )
+        if "chosen_ref_logps" in rows[0]:
+            logps = [row[f"{side}ref_logps"] for row, side in order]
+            batch["ref_logps"] = torch.tensor(logps, dtype=torch.float64)
+        return batch | _index(rows)
+
+
+def _padded(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, Tensor]:
+    shape = len(sequences), max(len(ids) for ids, _ in sequences)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    completion_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, (ids, mask) in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        completion_mask[row, : len(ids)] = torch.tensor(mask)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+
+
+def _index(rows: Sequence[Row]) -> dict[str, Tensor]:
+    return {"index": torch.tensor([row["index"] for row in rows])} if "index" in rows[0] else {}
+
+
+def _parsed(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object, got {line.strip()!r:.40}")
+    check_row(row, where)
+    return row
+
+
+def _check_side(row: Row, side: str, where: str) -> None:
+    ids, mask = row[f"{side}input_ids"], row[f"{side}completion_mask"]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError(f"{where}: {side}input_ids must be non-negative integers")
+    if not all(type(m) is int and 0 <= m <= 1 for m in mask):
+        raise InputError(f"{where}: {side}completion_mask must hold 0 and 1 only")
+    if len(ids) != len(mask):
+        raise InputError(f"{where}: {len(ids)} {side}input_ids but {len(mask)} {side}completion_mask")
+    if 1 not in mask:
+        raise InputError(f"{where}: {side}completion_mask has no 1: there is nothing to learn from")
+    if mask[0]:
+        raise InputError(
+            f"{where}: {side}completion_mask marks token 0, which nothing predicts: is the prompt empty?"
+        )
