@@ -6,13 +6,14 @@
     code, response, ...   a question and flat text with ```python and ```output fences, as ToRA's and MathCoder's;
                           a list of texts is several samples
 
-Contents are kept as they are: a fence around tool output is taken off, and roles are checked to alternate, where
-`mtpo.chat` renders them.
+Contents are kept as they are, but for one thing: an assistant's answer in `<solution>` tags, as in MINT, becomes a box.
+A fence around tool output is taken off, and roles are checked to alternate, where `mtpo.chat` renders them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from mtpo.trajectory import Problem
 QUESTION_KEYS = ("question", "problem", "prompt", "input")
 FLAT_TEXT_KEYS = ("code", "response", "completion", "generation", "output")
 GOLD_KEYS = ("gold", "gt", "ground_truth", "answer")
+_SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.DOTALL)
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 _NOT_METADATA = {"turns", "chosen", "rejected", "messages", *QUESTION_KEYS, *FLAT_TEXT_KEYS}
 
@@ -131,4 +133,14 @@ def _messages(value: Any, key: str) -> list[Message]:
             raise InputError(
                 f"{key!r}, message {index}: unknown role {message.get('role')!r}, expected {sorted(ROLES)}"
             )
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+    return [{"role": m["role"], "content": _boxed(m)} for m in value]
+
+
+def _boxed(message: Mapping[str, str]) -> str:
+    """The content, with an assistant's `<solution>` tags written as a box, unless they hold one."""
+
+    def box(tags: re.Match[str]) -> str:
+        solution = tags.group(1).strip()
+        return solution if "\\boxed" in solution else f"\\boxed{{{solution}}}"
+
+    return _SOLUTION.sub(box, message["content"]) if message["role"] == "assistant" else message["content"]

@@ -123,3 +123,19 @@ def test_the_real_trajectories_are_read_and_belong_to_the_real_problems() -> Non
         roles = [message["role"] for message in trajectory.messages]
         assert roles == ["user", *["assistant", "tool"] * len(roles)][: len(roles)]
     assert sum(t.messages[-1]["role"] == "tool" for t in found) == 16
+
+
+def test_answer_in_solution_tags_becomes_a_box(tmp_path: Path) -> None:
+    turns = [
+        {"role": "assistant", "content": "<thought>Try.</thought> <solution> 7 </solution>"},
+        {"role": "tool", "content": "<solution>wrong</solution>"},
+        {"role": "assistant", "content": "<solution>It is $\\boxed{8}$.</solution>"},
+    ]
+    path = tmp_path / "mint.jsonl"
+    path.write_text(json.dumps({"question": "q", "gold": "8", "turns": turns}))
+    [found] = read_foreign(path)
+    assert [m["content"] for m in found.messages[1:]] == [
+        "<thought>Try.</thought> \\boxed{7}",
+        "<solution>wrong</solution>",
+        "It is $\\boxed{8}$.",
+    ]
