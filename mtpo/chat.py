@@ -146,7 +146,7 @@ class ChatFormat:
                 Tool output after the last assistant message answers nothing and is left out.
 
         Raises:
-            InputError: roles do not alternate, or a message is empty.
+            InputError: roles do not alternate, or nobody answers.
             TemplateError: the template changes an earlier turn of this conversation; names the turn.
         """
         turns = _alternating(messages)
@@ -247,7 +247,7 @@ class ChatFormat:
     # -- tokenising --------------------------------------------------------------------------------------
 
     def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _prompt_ids(self, text: str) -> list[int]:
         ids = self._tokenize(text)
@@ -342,8 +342,6 @@ def _alternating(messages: Sequence[Message]) -> list[Message]:
         )
         if role not in expected.split(" or "):
             raise InputError(f"message {index} has the role {role!r}, expected {expected}")
-        if index % 2 and not message["content"].strip():
-            raise InputError(f"message {index} ({role}) is empty")
         if index and role == "user" and (fenced := _FENCED_OUTPUT.match(message["content"])):
             turns[index] = {"role": "tool", "content": fenced.group(1)}
     if turns and turns[-1]["role"] != "assistant":
