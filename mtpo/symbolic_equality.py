@@ -1,0 +1,269 @@
+r"""Equality of expressions by high-precision evaluation at random points.
+
+math-verify's LaTeX parser makes a tree of a text that was checked first: only known commands, names and
+sizes reach it. The tree is then evaluated by mpmath, node by node; nothing is simplified, expanded or
+sympified, so the cost is that of one evaluation. Two expressions are equal if their values agree to many
+digits at every point, two equations if their sides' differences have one ratio at all points.
+
+`check_readable` needs neither sympy nor math-verify; the rest is for worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from mtpo.exact_numbers import FLOAT_DIGITS
+
+MAX_CHARS = 600
+MAX_NESTING = 24
+MAX_EXPONENT_DIGITS = 4
+DIGITS = 80
+"""Working precision in decimal digits."""
+AGREEMENT = 40
+"""Two values are equal if they agree to so many digits: far beyond coincidence, far within precision."""
+FLOAT_AGREEMENT = 12
+"""The same, if one side holds a float that was printed in full."""
+POINTS = 6
+
+_READABLE = """frac sqrt binom cdot pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp
+    lfloor rfloor lceil rceil max min alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa
+    lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"""
+_COMMANDS = frozenset(_READABLE.split())
+_DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)")
+_LONG_FLOAT = re.compile(rf"(?=[\d.]{{{FLOAT_DIGITS + 1},}})\d+\.\d+")
+
+
+class UnreadableError(ValueError):
+    """The text is no expression that may be given to the parser."""
+
+
+def check_readable(text: str) -> None:
+    """Refuse what is no expression, and what would be slow to parse or evaluate.
+
+    Raises:
+        UnreadableError: naming the first reason.
+    """
+    if len(text) > MAX_CHARS:
+        raise UnreadableError(f"more than {MAX_CHARS} characters")
+    if re.search(r"[^-\w\s\\{}()\[\]+*/^!|.,=']", text) or "__" in text:
+        raise UnreadableError("a character that no expression has")
+    for command in re.findall(r"\\([A-Za-z]+|.)", text):
+        if command not in _COMMANDS:
+            raise UnreadableError(f"the command \\{command}")
+    if re.search(r"(?<!\\)(?<![A-Za-z])[A-Za-z]{5,}", text):
+        raise UnreadableError("a word")
+    if re.search(r"\d{5,}\s*!|!\s*!|\)\s*!", text):
+        raise UnreadableError("a large factorial")
+    _check_nesting(text)
+
+
+def _check_nesting(text: str) -> None:
+    """Bound the depth, and the exponents: at most one level of powers in an exponent, and no long number."""
+    depth, exponents = 0, []
+    for match in re.finditer(r"\^\s*\{?|[{(\[]|[})\]]", text):
+        token = match.group()
+        if token[0] == "^":
+            if len(exponents) > 1:
+                raise UnreadableError("a tower of powers")
+            if re.match(rf"[-+\s(]*\d{{{MAX_EXPONENT_DIGITS + 1},}}", text[match.end() :]):
+                raise UnreadableError("a large exponent")
+        if token[-1] in "{([":
+            depth += 1
+            if token[0] == "^":
+                exponents.append(depth)
+        elif token[0] in "})]":
+            if exponents and exponents[-1] == depth:
+                exponents.pop()
+            depth -= 1
+        if depth > MAX_NESTING or depth < 0:
+            raise UnreadableError("brackets nested too deep, or unbalanced")
+    if depth:
+        raise UnreadableError("brackets that are not closed")
+
+
+def equal_expressions(gold: str, answer: str) -> bool | None:
+    """Whether two expressions, or two equations, are equal; None if one cannot be read or evaluated."""
+    import mpmath
+
+    with mpmath.workdps(DIGITS):
+        try:
+            if "=" in gold and "=" in answer:
+                return _same_ratio(_difference(gold), _difference(answer))
+            return _same_values(_parse(gold), _parse(answer), digits=_agreement(gold, answer))
+        except UnreadableError:
+            return None
+
+
+def _agreement(*texts: str) -> int:
+    return FLOAT_AGREEMENT if any(_LONG_FLOAT.search(text) for text in texts) else AGREEMENT
+
+
+def _difference(equation: str) -> tuple[Any, Any]:
+    left, right = equation.split("=")
+    return _parse(left), _parse(right)
+
+
+@lru_cache(maxsize=10_000)
+def _parse(text: str) -> Any:
+    """The sympy tree of a normalised expression.
+
+    Raises:
+        UnreadableError: the text was refused, or the parser does not understand it.
+    """
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+    check_readable(text)
+    try:
+        return latex2sympy(
+            _for_parser(text),
+            normalization_config=None,
+            conversion_config=ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False),
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # the parser raises whatever its grammar or sympy raises
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+
+
+def _for_parser(text: str) -> str:
+    """Spell out what the parser would read otherwise: decimals (as 53-bit floats), mixed numbers, products."""
+    text = _DECIMAL.sub(
+        lambda m: rf"\frac{{{int(m.group(1) + m.group(2))}}}{{{10 ** len(m.group(2))}}}", text
+    )
+    text = re.sub(r"(?<![\d.}^_{])(\d+)\s*(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", text)
+    text = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\^\s*\{(-?\d+)\}", r"\1^{\2}", text)
+    return re.sub(r"\)\s*(?=[\\(A-Za-z\d](?!cdot))", r")\\cdot ", text)
+
+
+def _same_values(gold: Any, answer: Any, digits: int) -> bool | None:
+    """Equal at all positive points, and wherever else both are real."""
+    compared = 0
+    for point, is_positive in _points():
+        pair = _evaluate(gold, point), _evaluate(answer, point)
+        if pair[0] is None or pair[1] is None:
+            continue
+        if not is_positive and any(abs(value.imag) > 1e-30 * (1 + abs(value)) for value in pair):
+            continue
+        if not _agree(*pair, digits):
+            return False
+        compared += 1
+    return True if compared > 1 else None
+
+
+def _same_ratio(gold: tuple[Any, Any], answer: tuple[Any, Any]) -> bool | None:
+    """The differences of the sides have the same ratio, not 0, at all points."""
+    first = None
+    compared = 0
+    for point, _ in _points():
+        values = [_evaluate(side, point) for side in (*gold, *answer)]
+        if any(value is None for value in values):
+            continue
+        gold_difference, answer_difference = values[0] - values[1], values[2] - values[3]
+        if not gold_difference or not answer_difference:
+            return False
+        ratio = gold_difference / answer_difference
+        if first is None:
+            first = ratio
+        elif not _agree(first, ratio, AGREEMENT):
+            return False
+        compared += 1
+    return True if compared > 1 else None
+
+
+def _agree(a: Any, b: Any, digits: int) -> bool:
+    from mpmath import mpf
+
+    return abs(a - b) <= max(abs(a), abs(b)) * mpf(10) ** -digits or max(abs(a), abs(b)) < mpf(10) ** -70
+
+
+def _points() -> Iterator[tuple[Callable[[str], Any], bool]]:
+    """Random rational values for variables by name, always the same: positive at half of the points."""
+    from mpmath import mpf
+
+    for index in range(POINTS):
+        is_positive = index < POINTS // 2
+
+        def value(name: str, index: int = index, is_positive: bool = is_positive) -> Any:
+            seed = int.from_bytes(hashlib.sha256(f"{index}/{name}".encode()).digest()[:6], "big")
+            magnitude = mpf(seed % 99_991 + 17_011) / 49_999  # between 0.34 and 2.34
+            return magnitude if is_positive or seed % 7 < 3 else -magnitude
+
+        yield value, is_positive
+
+
+def _evaluate(expression: Any, point: Callable[[str], Any]) -> Any:
+    """The complex value of a tree at a point; None where it has none.
+
+    Raises:
+        UnreadableError: a node of the tree is no function of numbers.
+    """
+    import mpmath
+    from mpmath.libmp import NoConvergence
+
+    try:
+        value = mpmath.mpc(_node(expression, point))
+    except (ArithmeticError, ValueError, NoConvergence):
+        return None
+    return value if mpmath.isfinite(value) else None
+
+
+def _node(node: Any, point: Callable[[str], Any]) -> Any:
+    import mpmath
+    import sympy
+
+    if isinstance(node, sympy.Rational):
+        return mpmath.mpf(node.p) / node.q
+    if isinstance(node, sympy.Symbol):
+        return mpmath.mpc(0, 1) if node.name == "i" else point(node.name)
+    if isinstance(node, sympy.Expr) and not node.args:
+        constants: Mapping[Any, Any] = {sympy.pi: mpmath.pi, sympy.E: mpmath.e, sympy.I: mpmath.mpc(0, 1)}
+        if node in constants:
+            return +constants[node]
+    name = node.func.__name__
+    if name not in _FUNCTIONS:
+        raise UnreadableError(f"{name} is no function that is evaluated here")
+    return _FUNCTIONS[name](*(_node(argument, point) for argument in node.args))
+
+
+def _product(*factors: Any) -> Any:
+    import mpmath
+
+    result = mpmath.mpf(1)
+    for factor in factors:
+        result *= factor
+    return result
+
+
+def _mpmath(name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        import mpmath
+
+        return getattr(mpmath, name)(*arguments)
+
+    return call
+
+
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "Add": lambda *terms: sum(terms),
+    "Mul": _product,
+    "Pow": _mpmath("power"),
+    "exp": _mpmath("exp"),
+    "log": _mpmath("log"),
+    "Abs": abs,
+    "factorial": _mpmath("factorial"),
+    "binomial": _mpmath("binomial"),
+    "floor": _mpmath("floor"),
+    "ceiling": _mpmath("ceil"),
+    "gamma": _mpmath("gamma"),
+    "\\zeta": _mpmath("zeta"),
+    "zeta": _mpmath("zeta"),
+    "Max": max,
+    "Min": min,
+    **{name: _mpmath(name) for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"]},
+    **{name: _mpmath(name) for name in ["asin", "acos", "atan", "acot"]},
+    "UnevaluatedExpr": lambda x: x,
+}
