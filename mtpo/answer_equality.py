@@ -109,9 +109,11 @@ class _Comparison:
         return Decision(equal, "percent" if gold_side.is_percent or answer_side.is_percent else "number")
 
     def _several_for_one(self, gold: str, answer: str) -> Decision | None:
-        """A bare list for a single value is right only if all its members spell that value: 1/2 or 0.5."""
+        """A bare list for a single value is right only if it spells that value in different ways: 1/2 or 0.5."""
         several = items(answer)
         if several is None or several.bracket or len(several.values) < 2:
+            return None
+        if len(set(map(squash, several.values))) < len(several.values):
             return None
         if (
             items(gold) is not None
@@ -161,10 +163,12 @@ class _Comparison:
             return Decision(same and len(halves) < 2, "time")
         if gold_time:
             return Decision(False, "time")
-        if gold_ratio := RATIO.fullmatch(plain(gold)):
-            answer_ratio = RATIO.fullmatch(plain(answer))
-            return self.decide(_quotient(gold_ratio), _quotient(answer_ratio) if answer_ratio else answer)
-        return None
+        gold_ratio, answer_ratio = RATIO.fullmatch(plain(gold)), RATIO.fullmatch(plain(answer))
+        if gold_ratio is None and answer_ratio is None:
+            return None
+        return self.decide(
+            _quotient(gold_ratio) if gold_ratio else gold, _quotient(answer_ratio) if answer_ratio else answer
+        )
 
     def _words(self, gold: str, answer: str) -> Decision | None:
         """Words, without case and articles; number words are numbers."""
@@ -228,6 +232,8 @@ class _Comparison:
                 return self.decide(gold, answer_items.values[0])
             if gold_items and len(gold_items.values) == 1:
                 return self.decide(gold_items.values[0], answer)
+            if _is_equation(answer if answer_items is None else gold):
+                return None
             return Decision(False, "count")
         gold_named, answer_named = named_values(gold_items.values), named_values(answer_items.values)
         if gold_items.bracket in ("(", "[") or gold_named or answer_named:
@@ -393,4 +399,4 @@ def _order_is_known(gold: Items, answer: Items) -> bool:
         low, high = (parse_number(value) for value in gold.values)
     except TooLargeError:
         return False
-    return answer.bracket != "[" and low is not None and high is not None and low.value >= high.value
+    return low is not None and high is not None and low.value >= high.value

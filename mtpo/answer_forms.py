@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mtpo.answer_text import closing, split_top, squash
 
-EQUALS = re.compile(r"=|\\equiv(?![A-Za-z])")
+EQUALS = re.compile(r"=|\\(?:equiv|in)(?![A-Za-z])|(?<=[A-Za-z]):(?=\s*-?[\d\\])")
 APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
 CLOCK_TIME = re.compile(r"(\d{1,2})\s*:\s*([0-5]\d)\s*([aApP]\.?\s?[mM]\.?)?")
 RATIO = re.compile(r"(\d+)\s*(?::|\bto\b)\s*(\d+)")
@@ -27,7 +27,16 @@ NO_SOLUTION = frozenset(
             "empty set",
             "empty",
         ),
-        *("does not exist", "dne", "undefined", "no such number", "no value", "no values", "impossible"),
+        *(
+            "does not exist",
+            "dne",
+            "undefined",
+            "no such number",
+            "no value",
+            "no values",
+            "no solution exists",
+            "no solutions exist",
+        ),
     }
 )
 ALL_REALS = frozenset(
@@ -43,9 +52,10 @@ _PLUS_MINUS = re.compile(r"\\(mp|pm)(?![A-Za-z])")
 _RELATION = re.compile(r"\\(?:le|ge)(?![A-Za-z])|<|>")
 _PYTHON_CONTAINER = re.compile(r"(Point(?:2D|3D)?|FiniteSet|set|frozenset|tuple|list|array|Tuple)\(")
 _MEMBER_NAME = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|:|\\in(?![A-Za-z]))\s*")
-_NAMED_VALUE = re.compile(r"'?([A-Za-z](?:_\{?\w+\}?)?)'?\s*[=:]\s*([^=:]+)")
+_NAMED_VALUE = re.compile(r"'?([A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)'?\s*[=:]\s*([^=:]+)")
 _NAME = re.compile(
     r"(?!\\frac\{\d|\\sqrt|\\infty|\\pi|[ei]$|.*\\cdot)(?:\\[A-Za-z]+|[A-Za-z]|\||\[(?=[A-Z]))[^=+<>-]*"
+    r"|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)"
 )
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:(?:\s*,\s*|\s*\\land\s*|\s+and\s+)\(?[A-Z]\)?)*")
 _LABELLED_CHOICE = re.compile(
@@ -53,8 +63,10 @@ _LABELLED_CHOICE = re.compile(
     re.IGNORECASE,
 )
 _NUMERAL = re.compile(
-    r"([0-9A-Z]*\d[0-9A-Z]*)(?:_\s*\{?\s*(\d+|[a-z]+)\s*\}?|\s*\(?\s*base[\s-]*\{?(\d+|[a-z]+)\}?\)?)"
+    r"\(?(-?[0-9A-Z]*\d[0-9A-Z]*)\)?(?:_\s*\{?\s*\(?(\d+|[a-z]+)\)?\s*\}?|\s*\(?\s*base[\s-]*\{?(\d+|[a-z]+)\}?\)?)"
 )
+_PYTHON_NUMERAL = re.compile(r"0([box])([0-9a-fA-F]+)")
+_PYTHON_BASES = {"b": "2", "o": "8", "x": "16"}
 _FILLER = re.compile(r"\b(?:an?|the|there (?:is|are)|it is|they are|answer is)\b")
 _NOT_WORDS = frozenset(["sqrt", "frac", "alpha", "beta", "gamma", "theta", "infty", "cdot"])
 _LATEX_MATRIX = re.compile(
@@ -99,6 +111,8 @@ def is_name(text: str) -> bool:
 def choice_letters(text: str) -> list[str] | None:
     """The letters of `B`, `(B)` or `A, C`, sorted."""
     letters = plain(text)
+    if letters[:1] in ("[", "\\"):
+        letters = re.sub(r"[\[\]'\"]|\\[{}]", "", letters).strip()
     return sorted(re.findall(r"[A-Z]", letters)) if _CHOICES.fullmatch(letters) else None
 
 
@@ -110,6 +124,8 @@ def labelled_choice(text: str) -> str | None:
 
 def numeral(text: str) -> Numeral | None:
     r"""`4210_{5}` or `4210 \text{ base } 5`."""
+    if python := _PYTHON_NUMERAL.fullmatch(text):
+        return Numeral(python.group(2).upper().lstrip("0"), _PYTHON_BASES[python.group(1)])
     match = _NUMERAL.fullmatch(plain(text))
     if match is None:
         return None
@@ -143,7 +159,7 @@ def items(text: str) -> Items | None:
     r"""The values of a tuple, set or list. `1 \pm 2` is a list of two; `[5]` and `\{5\}` have one value."""
     bracket, inside = _open(text)
     values = [value for part in split_top(inside, _SEPARATOR) if (value := part.strip("'\" "))]
-    if len(values) > 1:
+    if len(values) > 1 or (len(values) == 1 and bracket == "(" and inside.rstrip().endswith(",")):
         return Items(bracket, values)
     if len(values) == 1 and bracket in ("[", "{"):
         inner = items(values[0])
@@ -184,14 +200,18 @@ def written_out(values: Sequence[str]) -> list[str]:
 
 
 def named_values(values: Sequence[str]) -> list[str] | None:
-    """The values of `x=2, y=3` or `{x: 2, y: 3}` in the order of the names; None unless each has its own name."""
+    r"""The values of `x=2, y=3` or `{x: 2, y: 3}`; None unless each has its own name.
+
+    In the order of the names, or as they stand if there are Greek letters, as in `r=4, \theta=\pi`.
+    """
     named: dict[str, str] = {}
     for value in values:
         match = _NAMED_VALUE.fullmatch(value)
         if match is None or match.group(1) in named:
             return None
         named[match.group(1)] = match.group(2)
-    return [named[name] for name in sorted(named)] if len(named) > 1 else None
+    names = list(named) if any(name[0] == "\\" for name in named) else sorted(named)
+    return [named[name] for name in names] if len(names) > 1 else None
 
 
 def matrix(text: str) -> list[list[str]] | None:

@@ -47,14 +47,24 @@ def _rules(*pairs: tuple[str, str]) -> tuple[_Rule, ...]:
 _MARKUP = _rules(
     (r"(\.\d*?)0{20,}(?!\d)", r"\1"),
     (r"^\s*\*\*([^*]*)\*\*\s*$", r"\1"),
+    (r"^\s*(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?\s*:?\s+(?=[-\d\\$(])", ""),
+    (
+        r"(\d*\.\d{0,9}?)(\d|\d{2,6}?)\2{1,9}(?<=\d{3})(?:\.{3}|…|\s*\\[lc]?dots(?![A-Za-z]))",
+        r"\1\\overline{\2}",
+    ),
+    (r"(\.\d*)\\(?:dot|bar)\{(\d+)\}", r"\1\\overline{\2}"),
     (r"</?s>|<eos>|<pad>|<(?:start|end)_of_turn>|<\|[^|<>]{1,30}\|>", ""),
     (r"\\(?:newline|cr|tabularnewline)(?![A-Za-z])", r"\\\\"),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", ""),
     (r"\\(?:q?quad|thinspace|enspace|hfill|allowbreak)(?![A-Za-z])|\\[,;:> ]|~|\\$", " "),
-    (r"\\!|\\(?:displaystyle|textstyle|limits|nolimits|hline|strut)(?![A-Za-z])", ""),
+    (
+        r"\\!|\\(?:checkmark|blacksquare|square|Box|displaystyle|textstyle|limits|nolimits|hline|strut)(?![A-Za-z])",
+        "",
+    ),
     (r"\\[hv]space\*?\{[^{}]*\}|\\h?phantom\{[^{}]*\}", " "),
     (r"\\(?:left|right|middle)(?![A-Za-z])\s*\.?|\\[bB]igg?[lrm]?(?![A-Za-z])", ""),
     (r"\\color\{[^{}]*\}|\\textcolor\{[^{}]*\}|(?<!\\)\$|\\[()\[\]]", ""),
+    (r"\\overline\{([A-Z]{2})\}", r"\1"),
     (r"\\lbrace(?![A-Za-z])", r"\\{"),
     (r"\\rbrace(?![A-Za-z])", r"\\}"),
     (r"\{([:+\-*/=<>!])\}", r"\1"),
@@ -78,7 +88,9 @@ _SYMBOLS = _rules(
     (r"\\lvert|\\rvert|\\vert|\\mid(?![A-Za-z])", "|"),
     (r"\\(?:wedge|land)(?![A-Za-z])", r" \\land "),
     (r"\\(?:vee|lor)(?![A-Za-z])", r" \\lor "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
+    (r"\{?\s*(\d+)\s*\\choose\s*(\d+)\s*\}?", r"\\binom{\1}{\2}"),
+    (r"(?:\{\})?[\^_]\{?(\d+)\}?\s*C_\{?(\d+)\}?|(?<![A-Za-z\\])C\((\d+),\s*(\d+)\)", r"\\binom{\1\3}{\2\4}"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"(?<![\\%])%", r"\\%"),
 )
@@ -93,11 +105,16 @@ _PYTHON = _rules(
         r"(?=\()",
         "",
     ),
+    (_NAMES + r"(?:array|tensor)(?=\(\s*-?[\d.]+\s*\))", ""),
+    (_NAMES + r"log\(\s*([^(),]+),\s*([^(),]+)\)", r"\\frac{\\ln(\1)}{\\ln(\2)}"),
+    (_NAMES + r"cbrt(?=\s*[\d({])", r"\\sqrt[3]"),
+    (r"(?<=\d)[eE]([-+]?\d{1,4})(?![\d.A-Za-z_])", r"\\cdot 10^{\1}"),
     (r"\(\s*(['\"])([^'\"]*)\1\s*\)", r"(\2)"),
     (r"(?<=\d)[jJ](?![A-Za-z])|(?<=[*])I(?![A-Za-z])|(?<![A-Za-z\\])I(?=\s*\*)", "i"),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
     (_NAMES + r"pi(?![A-Za-z(])", r"\\pi "),
+    (_NAMES + r"(alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)(?![A-Za-z])", r"\\\1 "),
     (_NAMES + r"(?:oo|inf|infty|infinity|Infinity)(?![A-Za-z(])", r"\\infty "),
     (_NAMES + r"sqrt(?=\s*[\d({])", r"\\sqrt"),
     (_NAMES + r"log(?=\s*\()", r"\\ln"),
@@ -174,6 +191,7 @@ def split_top(text: str, separator: re.Pattern[str]) -> list[str]:
     return [*parts, text[start:].strip()]
 
 
+_NUMPY_ARRAY = re.compile(r"\[[-\[\]\d.\s]+\]")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)", re.DOTALL)
 
@@ -188,6 +206,8 @@ def _normalise_once(text: str) -> str:
     if not text.startswith(r"\text{") or text.find("}") != len(text) - 1:
         text = _substitute(text, _PYTHON)
         text = re.sub(r"(?<![A-Za-z])(?:,\s*)?(and|or)(?![A-Za-z}])", _join_word, text)
+    if _NUMPY_ARRAY.fullmatch(text):
+        text = re.sub(r"(?<=[\d.\]])\s+(?=[-\[\d.])", ", ", text)
     text = _fill_arguments(text)
     text = _degrees(text)
     return _trim(text)
@@ -235,6 +255,8 @@ def _rewrite_groups(text: str, command: re.Pattern[str], rewrite: Callable[[str]
 
 def _text_span(content: str) -> str:
     word = content.strip()
+    if counted := re.match(r"[-\d.,/:]*\d\s+(?=[A-Za-z])", word):
+        return rf"{counted.group()}\text{{{word[counted.end() :]}}}"
     if word in FUNCTIONS:
         return f"\\{word} "
     if (len(word) == 1 and word in "eidx") or not re.search(r"[A-Za-z]", word):
@@ -265,7 +287,7 @@ def _fill_arguments(text: str) -> str:
             text = text[:start] + "".join(f"{{{argument}}}" for argument in arguments) + text[end:]
             position = start
     text = re.sub(r"\^\s*(\\frac\{[^{}]*\}\{[^{}]*\})", r"^{\1}", text)
-    text = re.sub(r"\^\s*([+-]?\d+|[+-][A-Za-z])", r"^{\1}", text)
+    text = re.sub(r"\^\s*([+-]?(?:\d*\.)?\d+|[+-][A-Za-z])", r"^{\1}", text)
     position = 0
     while match := re.compile(r"\^\s*\(").search(text, position):
         end = closing(text, match.end() - 1)

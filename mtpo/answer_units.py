@@ -73,7 +73,9 @@ _CURRENCY = {
     r"\pounds": "pound sterling",
 }
 
-_PREFIX = re.compile(r"([-+]?)\s*(\\\$|€|£|\\euro|\\pounds|\\text\{(?:Rs\.?|USD)\})\s*(?=[-\d.\\(])")
+_PREFIX = re.compile(
+    r"([-+]?)\s*(\\\$|€|£|\\euro|\\pounds|\\text\{(?:Rs\.?|USD)\}|USD|Rs\.?)\s*(?=[-\d.\\(])"
+)
 _SUFFIX = re.compile(
     r"(?:\s*(?:\\text\{[^{}]*\}|\\%|\\\$|€|£|\^\{[-+]?\d\}(?<=\}\^\{\d\})))"
     r"(?:\s*(?:\\text\{[^{}]*\}|\\%|/|\\cdot|\^\{-?\d\}))*$"
@@ -120,8 +122,9 @@ def measured(text: str) -> Measured:
 
 
 def units_conflict(first: Measured, second: Measured) -> bool:
-    """Both name a known unit, and not the same."""
-    return first.unit is not None and second.unit is not None and first.unit != second.unit
+    """Both name a known unit, and not the same; a percent sign is one beside the others."""
+    units = [side.unit or ("percent" if side.is_percent else None) for side in (first, second)]
+    return None not in units and units[0] != units[1]
 
 
 def _suffix_start(text: str) -> int | None:

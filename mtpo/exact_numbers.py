@@ -55,6 +55,8 @@ class Number:
         if not slack:
             return False
         difference = abs(self.value - other.value)
+        if 0 in (self.value, other.value):
+            return difference < FLOAT_NOISE
         return difference < max(slack) or difference <= FLOAT_NOISE * min(abs(self.value), abs(other.value))
 
     def scaled(self, factor: Fraction | int) -> Number:

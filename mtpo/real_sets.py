@@ -28,6 +28,10 @@ _IN = re.compile(r"\\in(?![A-Za-z])")
 _SETMINUS = re.compile(r"\\setminus(?![A-Za-z])|(?<=\})\s*-(?=\s*\\\{)")
 _VARIABLE = re.compile(r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w\}?)?(?:\([a-z]\))?")
 _BUILDER = re.compile(r"\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:](.*)\\\}")
+_IS_REAL = re.compile(r"[A-Za-z]\s*\\in\s*\\mathbb\{R\}")
+_ALL_REALS_BUT = re.compile(
+    r"\\text\{(?:all )?real(?: number)?s? (?:except|but|other than)(?: for)?\}\s*(?:[A-Za-z]\s*=)?(.*)"
+)
 _PYTHON_INTERVAL = re.compile(r"Interval(?:\.(open|Lopen|Ropen))?\((.*)\)$")
 
 
@@ -45,7 +49,8 @@ def looks_like_set(text: str) -> bool:
     return bool(
         _RELATIONS.search(text)
         or re.search(r"\\cup(?![A-Za-z])|\\infty|Interval|Union\(|\\setminus", text)
-        or _ALL_REALS.fullmatch(text)
+        or _ALL_REALS.match(text)
+        or _ALL_REALS_BUT.match(text)
         or (text[:1] == "(" and text[-1:] == "]")
         or (text[:1] == "[" and text[-1:] == ")")
     )
@@ -56,10 +61,14 @@ def parse_set(text: str) -> list[Piece] | None:
     text = _unwrap(text.strip())
     if _ALL_REALS.fullmatch(text):
         return [Piece(MINUS_INFINITY, False, INFINITY, False)]
+    if found := _ALL_REALS_BUT.fullmatch(text):
+        return _all_but(split_top(found.group(1), _OR))
     if text.startswith("Union(") and closing(text, 5) == len(text) - 1:
         return _union(split_top(text[6:-1], _COMMA))
     for separator in (_UNION, _OR):
         parts = split_top(text, separator)
+        if separator is _OR and len(parts) > 1 and _IS_REAL.fullmatch(parts[0]):
+            return parse_set(",".join(parts[1:]))
         if len(parts) > 1 and (separator is _UNION or all(_is_statement(part) for part in parts)):
             return _union(parts)
     parts = split_top(text, _AND)

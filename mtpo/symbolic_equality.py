@@ -34,6 +34,13 @@ _READABLE = """frac sqrt binom cdot pi sin cos tan cot sec csc arcsin arccos arc
     lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"""
 _COMMANDS = frozenset(_READABLE.split())
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)")
+_QUOTIENT_FACTOR = re.compile(
+    r"(?<![\w}.)])(\d+)\s*/\s*(\d+)(?=\s*(?:\\pi|\\sqrt|i(?![a-z]))|\s+[A-Za-z(\\])"
+)
+_LETTER_FACTOR = re.compile(
+    r"(?P<function>\\(?!(?:pi|alpha|beta|gamma|theta|lambda|phi|omega)(?![A-Za-z]))[A-Za-z]+)"
+    r"|(?:\\[a-z]+|[a-eijk-zA-Z])(?=\s*\()"
+)
 _LONG_FLOAT = re.compile(rf"(?=[\d.]{{{FLOAT_DIGITS + 1},}})\d+\.\d+")
 
 
@@ -49,14 +56,16 @@ def check_readable(text: str) -> None:
     """
     if len(text) > MAX_CHARS:
         raise UnreadableError(f"more than {MAX_CHARS} characters")
-    if re.search(r"[^-\w\s\\{}()\[\]+*/^!|.,=']", text) or "__" in text:
+    if re.search(r"[^-\w\s\\{}()\[\]+*/^!|.,=]", text) or "__" in text:
         raise UnreadableError("a character that no expression has")
     for command in re.findall(r"\\([A-Za-z]+|.)", text):
         if command not in _COMMANDS:
             raise UnreadableError(f"the command \\{command}")
     if re.search(r"(?<!\\)(?<![A-Za-z])[A-Za-z]{5,}", text):
         raise UnreadableError("a word")
-    if re.search(r"\d{5,}\s*!|!\s*!|\)\s*!", text):
+    if re.search(r"\d\s*_", text):
+        raise UnreadableError("a numeral with a base")
+    if re.search(r"\d{5,}\s*!|!\s*!", text):
         raise UnreadableError("a large factorial")
     _check_nesting(text)
 
@@ -134,8 +143,10 @@ def _for_parser(text: str) -> str:
     text = _DECIMAL.sub(
         lambda m: rf"\frac{{{int(m.group(1) + m.group(2))}}}{{{10 ** len(m.group(2))}}}", text
     )
+    text = _QUOTIENT_FACTOR.sub(r"\\frac{\1}{\2} ", text)
     text = re.sub(r"(?<![\d.}^_{])(\d+)\s*(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", text)
     text = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\^\s*\{(-?\d+)\}", r"\1^{\2}", text)
+    text = _LETTER_FACTOR.sub(lambda m: m["function"] or rf"{m.group()}\cdot ", text)
     return re.sub(r"\)\s*(?=[\\(A-Za-z\d](?!cdot))", r")\\cdot ", text)
 
 
@@ -214,6 +225,7 @@ def _evaluate(expression: Any, point: Callable[[str], Any]) -> Any:
 def _node(node: Any, point: Callable[[str], Any]) -> Any:
     import mpmath
     import sympy
+    from sympy.core.function import AppliedUndef
 
     if isinstance(node, sympy.Rational):
         return mpmath.mpf(node.p) / node.q
@@ -224,6 +236,8 @@ def _node(node: Any, point: Callable[[str], Any]) -> Any:
         if node in constants:
             return +constants[node]
     name = node.func.__name__
+    if isinstance(node, AppliedUndef) and name not in _FUNCTIONS:
+        return mpmath.fsum(mpmath.sin(point(name) * _node(argument, point)) for argument in node.args)
     if name not in _FUNCTIONS:
         raise UnreadableError(f"{name} is no function that is evaluated here")
     return _FUNCTIONS[name](*(_node(argument, point) for argument in node.args))

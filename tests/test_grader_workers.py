@@ -184,7 +184,7 @@ def test_grading_in_threads(grader: Grader) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert verdicts == {n: "correct" for n in range(2, 10)}
+    assert verdicts == dict.fromkeys(range(2, 10), "correct")
 
 
 async def test_grading_under_asyncio() -> None:
