@@ -1,0 +1,200 @@
+"""What the model gets to see of a cell. Runs in the kernel process.
+
+Everything that a cell shows, whether printed, displayed, returned or raised, leaves the kernel as text on
+one ordered stream. So one cap holds for all of it, before it costs memory or reaches a socket.
+"""
+
+from __future__ import annotations
+
+import io
+import linecache
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from types import MethodType, TracebackType
+from typing import Any
+
+from ipykernel.ipkernel import IPythonKernel
+
+from sandbox.excerpt import Excerpt
+
+PUBLISH_CHARS = 2000
+PUBLISH_INTERVAL_S = 0.1
+MAX_SOURCE_CHARS = 200
+QUIET_WARNINGS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, SyntaxWarning)
+"""About the style of the code, not about its result."""
+
+
+class CellOutput(io.TextIOBase):
+    """Stands for both sys.stdout and sys.stderr, so that their order is kept.
+
+    Only the main thread of the kernel process sends; other threads leave their text for it to take along,
+    and forked children are ignored, because zmq sockets belong to one thread of one process.
+    """
+
+    def __init__(self, kernel: IPythonKernel, max_chars: int) -> None:
+        self._kernel = kernel
+        self._max_chars = max_chars
+        self._lock = threading.Lock()
+        self._muted: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self.begin_cell()
+
+    encoding = "utf-8"  # pyright: ignore[reportAssignmentType]
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str, /) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        if os.getpid() == self._owner_pid and threading.current_thread() not in self._muted:
+            with self._lock:
+                if text:
+                    self._is_line_open = text[-1] != "\n"
+                if ahead := self._excerpt.add(text):
+                    self._pending.append(ahead)
+                    self._num_pending += len(ahead)
+            if self._num_pending > PUBLISH_CHARS or time.monotonic() > self._publish_at:
+                self.flush()
+        return len(text)
+
+    def write_line(self, text: str) -> None:
+        """Write `text` on lines of its own."""
+        self.write(("\n" if self._is_line_open else "") + text + "\n")
+
+    def flush(self) -> None:
+        self._publish()
+
+    def begin_cell(self) -> None:
+        """Forget the cell before, and what its threads have printed since it ended."""
+        with self._lock:
+            self._owner_pid = os.getpid()
+            self._excerpt = Excerpt(self._max_chars)
+            self._pending: list[str] = []
+            self._num_pending = 0
+            self._is_line_open = False
+            self._publish_at = time.monotonic() + PUBLISH_INTERVAL_S
+
+    def end_cell(self) -> None:
+        """Send the tail that was held back."""
+        num_cut, tail = self._excerpt.take_tail()
+        self._publish(num_cut, tail)
+
+    def mute_other_threads(self) -> None:
+        """Drop what threads of an interrupted cell go on to print: it is no output of the next one."""
+        self._muted.update(t for t in threading.enumerate() if t is not threading.main_thread())
+
+    def _publish(self, num_cut: int = 0, tail: str = "") -> None:
+        if threading.current_thread() is not threading.main_thread() or os.getpid() != self._owner_pid:
+            return
+        with self._lock:
+            text = "".join(self._pending)
+            self._pending.clear()
+            self._num_pending = 0
+            self._publish_at = time.monotonic() + PUBLISH_INTERVAL_S
+        if text or tail:
+            content = {"name": "stdout", "text": _encodable(text)}
+            if tail:
+                content |= {"tail": _encodable(tail), "num_cut": num_cut}
+            self._kernel.send_response(self._kernel.iopub_socket, "stream", content)
+
+
+def shape_output(kernel: IPythonKernel, max_chars: int) -> None:
+    """Make `kernel` show its cells as the model should read them."""
+    shell: Any = kernel.shell
+    output = CellOutput(kernel, max_chars)
+    sys.stdout = sys.stderr = output
+    shell.events.register("pre_run_cell", lambda info: output.begin_cell())
+    shell.events.register("post_run_cell", lambda result: output.end_cell())
+
+    plain = shell.display_formatter
+    plain.active_types = ["text/plain"]
+    text_formatter = plain.formatters["text/plain"]
+    text_formatter.for_type = _without_sympy_printing(text_formatter.for_type)
+    shell.displayhook.write_format_data = lambda data, metadata=None: output.write_line(_plain_text(data))
+    shell.display_pub.publish = lambda data, metadata=None, **kwargs: output.write_line(_plain_text(data))
+    shell.display_pub.clear_output = lambda wait=False: None
+
+    def show_error(shell: Any, exc_tuple: Any = None, *args: Any, **kwargs: Any) -> None:
+        error_type, error, trace = shell._get_exc_info(exc_tuple)
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            return
+        if isinstance(error, KeyboardInterrupt):
+            output.mute_other_threads()
+        output.write_line(describe_error(error, trace, shell.execution_count - 1))
+        kernel.send_response(
+            kernel.iopub_socket, "error", {"ename": error_type.__name__, "evalue": "", "traceback": []}
+        )
+
+    def leave_cell() -> None:
+        raise SystemExit
+
+    shell.showtraceback = MethodType(show_error, shell)
+    shell.showsyntaxerror = lambda *args, **kwargs: show_error(shell)
+    # IPython would also render each error in full for a history that is not kept: 20 to 300 ms.
+    shell._format_exception_for_storage = lambda *args, **kwargs: {}
+    shell.ask_exit = leave_cell  # exit() ends the cell, not the session
+    shell.compile.get_code_name = lambda raw_code, code, number: f"<cell {number}>"
+
+    for category in QUIET_WARNINGS:
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", message="To exit: use")
+    warnings.showwarning = lambda message, category, *args: output.write_line(
+        f"{category.__name__}: {message}"
+    )
+
+
+def describe_error(error: BaseException, trace: TracebackType | None, current_cell: int) -> str:
+    """The deepest line of the model's own code on the way to the error, then the error."""
+    place = None
+    for frame, line in traceback.walk_tb(trace):
+        if frame.f_code.co_filename.startswith("<cell "):
+            place = frame.f_code.co_filename, line
+    if isinstance(error, SyntaxError) and (error.filename or "").startswith("<cell "):
+        place = error.filename, error.lineno or 1
+    message = _message(error)
+    summary = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if place is None:
+        return summary
+    filename, line = place
+    source = linecache.getline(filename, line).strip()[:MAX_SOURCE_CHARS]
+    cell = "" if filename == f"<cell {current_cell}>" else f" of {filename[1:-1]}"
+    return f"Line {line}{cell}: {source}\n{summary}"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return str(error.msg)
+    try:
+        message = str(error).strip()
+    except Exception as failure:
+        return f"<its message raised {type(failure).__name__}>"
+    if isinstance(error, ImportError) and error.path:
+        message = message.replace(f" ({error.path})", "")
+    return message
+
+
+def _plain_text(data: dict[str, Any]) -> str:
+    return str(data.get("text/plain", ""))
+
+
+def _without_sympy_printing(for_type: Any) -> Any:
+    """Let everything register a text form except `sympy.init_printing`.
+
+    Its two-dimensional form cannot be copied back into code, and models call it by habit.
+    """
+
+    def for_other_types(kind: Any, function: Any = None) -> Any:
+        if getattr(function, "__module__", "") == "sympy.interactive.printing":
+            return None
+        return for_type(kind, function)
+
+    return for_other_types
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()

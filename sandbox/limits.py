@@ -1,0 +1,45 @@
+"""What a session may use: memory, CPU, files, output and patience."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from mtpo.errors import InputError
+
+MINIMUM = {"memory_mb": 64, "cpu_s": 1, "max_output_chars": 200, "max_file_mb": 1, "max_open_files": 64}
+"""Below these the kernel itself, without any code of the model, would not run or have nothing to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on one session.
+
+    Raises:
+        InputError: a value is not a number, or below what a kernel needs to live.
+    """
+
+    memory_mb: int = 1024
+    """Address space that the code may add to that of the idle kernel, MiB. Beyond it: MemoryError."""
+    cpu_s: int = 60
+    """CPU seconds over the life of a kernel, all cells together. Beyond it: the kernel is killed."""
+    max_output_chars: int = 4000
+    """Characters of a cell's output that the model reads: the first half and the last."""
+    max_file_mb: int = 16
+    """Size of the largest file, MiB. Beyond it: OSError."""
+    max_open_files: int = 256
+    """File descriptors, about 20 of which are the kernel's own. Beyond it: OSError."""
+    startup_timeout_s: float = 30.0
+    """Wall seconds for one attempt to start a kernel."""
+    interrupt_grace_s: float = 0.5
+    """Wall seconds between the interrupt at a cell's deadline and the kill of a kernel that ignores it."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in MINIMUM:
+                if type(value) is not int or value < MINIMUM[name]:
+                    raise InputError(f"{name} must be an integer of at least {MINIMUM[name]}, got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise InputError(f"{name} must be a positive number of seconds, got {value!r}")
