@@ -21,6 +21,10 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 Family = Literal["gemma", "gemma2", "gemma3", "llama", "mistral", "qwen2", "qwen3"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
+torch.set_num_threads(
+    1
+)  # a second thread speeds nothing up here, and on a busy machine makes it ten times slower
+
 CONFIGS: dict[Family, type[PretrainedConfig]] = {
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,

@@ -1,1 +1,18 @@
-"""Trainers for the losses of `mtpo.losses`."""
+"""Training: one trainer, one table of methods.
+
+methods.py    from the name of a method to its rows and its loss
+settings.py   every knob
+run.py        train(): rows in, a model folder out
+trainer.py    the trainer, on transformers.Trainer
+reference.py  log-probs of the reference, cached by content
+mismatch.py   KTO's mismatched trajectories
+optim.py      AdamW, Muon, schedules
+metrics.py    what a step reports, and when it warns
+callbacks.py  progress bar, metrics file, checkpoints
+"""
+
+from mtpo.training.methods import METHODS
+from mtpo.training.run import TrainResult, train
+from mtpo.training.settings import TrainingSettings
+
+__all__ = ["METHODS", "TrainResult", "TrainingSettings", "train"]

@@ -1,0 +1,88 @@
+"""The training methods: from the value of a config to the rows it takes and the loss it minimises.
+
+A new method is a function from `Scores` to `LossOut` and one line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from mtpo.batches import RowKind
+from mtpo.losses import LossOut, kto_loss, paired_loss, sft_loss
+
+Options = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the trainer has computed for one batch of N trajectories; of B pairs, N = 2 B, chosen ones first."""
+
+    logps: Tensor
+    """(N, T), the policy's log-probs; carries the gradient."""
+    mask: Tensor
+    """(N, T), 1 on action tokens."""
+    sums: Tensor
+    """(N,) float64, the policy's log-probs summed over the action tokens."""
+    ref_sums: Tensor | None = None
+    """(N,) float64, the same of the reference."""
+    labels: Tensor | None = None
+    """(N,) bool, desirable or not."""
+    z0: Tensor | None = None
+    """KTO's baseline, for the whole global batch."""
+
+    @property
+    def rho(self) -> Tensor:
+        """(N,), log-ratios of policy and reference."""
+        assert self.ref_sums is not None
+        return self.sums - self.ref_sums
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train."""
+
+    rows: RowKind
+    loss: Callable[[Scores, Options], LossOut]
+    defaults: Options = field(default_factory=dict)
+    """The options that have an effect, with their defaults; any other option is refused."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.rows != "single"
+
+
+def sft(scores: Scores, options: Options) -> LossOut:
+    return sft_loss(scores.logps, scores.mask)
+
+
+def paired(scores: Scores, options: Options, kind: str) -> LossOut:
+    rho_w, rho_l = scores.rho.chunk(2)
+    chosen_sums, num_chosen_tokens = scores.sums.chunk(2)[0], scores.mask.chunk(2)[0].sum(-1)
+    nll = -chosen_sums / num_chosen_tokens if options["nll_coef"] else None
+    return paired_loss(rho_w, rho_l, kind, nll=nll, **options)  # pyright: ignore[reportArgumentType]
+
+
+def kto(scores: Scores, options: Options) -> LossOut:
+    assert scores.labels is not None and scores.z0 is not None
+    return kto_loss(scores.rho, scores.labels, scores.z0, **options)
+
+
+PAIRED = {"beta": 0.1, "label_smoothing": 0.0, "nll_coef": 0.0}
+
+METHODS: dict[str, Method] = {
+    "sft": Method("single", sft),
+    "raft": Method("single", sft),  # SFT on the correct trajectories of the current policy
+    "dpo": Method("pair", partial(paired, kind="logistic"), PAIRED),
+    "cdpo": Method("pair", partial(paired, kind="logistic"), PAIRED | {"label_smoothing": 0.1}),
+    "ipo": Method("pair", partial(paired, kind="ipo"), {"tau": 0.1, "label_smoothing": 0.0, "nll_coef": 0.0}),
+    "slic": Method("pair", partial(paired, kind="hinge"), PAIRED),
+    "exponential": Method("pair", partial(paired, kind="exponential"), PAIRED),
+    "truncated_quadratic": Method("pair", partial(paired, kind="truncated_quadratic"), PAIRED),
+    "squared": Method("pair", partial(paired, kind="squared"), PAIRED),
+    "savage": Method("pair", partial(paired, kind="savage"), PAIRED),
+    "kto": Method("label", kto, {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 1.0}),
+}

@@ -1,0 +1,112 @@
+"""Log-probs of a frozen reference, computed once and kept on disk by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from mtpo.batches import Row, SingleCollator, sides
+from mtpo.logprobs import action_logps
+from mtpo.losses import masked_sum
+from mtpo.models import fingerprint, unwrapped
+
+Trajectory = tuple[Sequence[int], Sequence[int]]
+"""Ids and completion mask."""
+
+
+def add_reference_logps(
+    rows: Sequence[Row], model: nn.Module, cache: Path, *, batch_size: int, progress: bool
+) -> list[Row]:
+    """The rows with a `ref_logps` column (of pairs, one a side), also in the row under `mismatched`.
+
+    Each value is log p of all action tokens of one trajectory under `model`, in nats, float64.
+    """
+    trajectories = [trajectory for row in rows for trajectory in _trajectories(row)]
+    logps = reference_logps(model, trajectories, cache, batch_size=batch_size, progress=progress)
+
+    def scored(row: Row) -> Row:
+        columns: Row = {
+            f"{side}ref_logps": logps[_key(row[f"{side}input_ids"], row[f"{side}completion_mask"])]
+            for side in sides(row)
+        }
+        if "mismatched" in row:
+            columns["mismatched"] = scored(row["mismatched"])
+        return row | columns
+
+    return [scored(row) for row in rows]
+
+
+def reference_logps(
+    model: nn.Module, trajectories: Iterable[Trajectory], cache: Path, *, batch_size: int, progress: bool
+) -> dict[str, float]:
+    """Sum of log-probs over the action tokens of every trajectory, by content key.
+
+    What `cache` already holds for these weights is not computed again; batches are written as they come, so
+    that an interrupted pass goes on where it stopped. Several processes share the work.
+    """
+    name = f"{fingerprint(model)[:32]}-{str(unwrapped(model).dtype).removeprefix('torch.')}"
+    known = _read_cache(cache, name)
+    wanted = {_key(ids, mask): (ids, mask) for ids, mask in trajectories}
+    state = PartialState()
+    missing = sorted((key for key in wanted if key not in known), key=lambda key: (len(wanted[key][0]), key))
+    mine = missing[state.process_index :: state.num_processes]
+    cache.mkdir(parents=True, exist_ok=True)
+    computed: dict[str, float] = {}
+    with (
+        (cache / f"{name}-{state.process_index}.jsonl").open("a", encoding="utf-8") as file,
+        tqdm(total=len(mine), desc="reference", unit="row", disable=not progress or not mine) as bar,
+    ):
+        for start in range(0, len(mine), batch_size):
+            keys = mine[start : start + batch_size]
+            sums = _score(model, [wanted[key] for key in keys])
+            computed |= zip(keys, sums, strict=True)
+            file.writelines(
+                json.dumps({"key": key, "logps": value}) + "\n" for key, value in zip(keys, sums, strict=True)
+            )
+            file.flush()
+            bar.update(len(keys))
+    for part in gather_object([computed]):
+        known |= part
+    return known
+
+
+@torch.no_grad()
+def _score(model: nn.Module, trajectories: Sequence[Trajectory]) -> list[float]:
+    rows = [{"input_ids": list(ids), "completion_mask": list(mask)} for ids, mask in trajectories]
+    device = next(model.parameters()).device
+    batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in SingleCollator(0)(rows).items()}
+    was_training = model.training
+    model.eval()
+    logps = action_logps(model, **batch)
+    model.train(was_training)
+    return masked_sum(logps.double(), batch["completion_mask"]).tolist()
+
+
+def _trajectories(row: Row) -> list[Trajectory]:
+    own = [(row[f"{side}input_ids"], row[f"{side}completion_mask"]) for side in sides(row)]
+    return own + (_trajectories(row["mismatched"]) if "mismatched" in row else [])
+
+
+def _key(ids: Sequence[int], mask: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps([list(ids), list(mask)]).encode()).hexdigest()[:32]
+
+
+def _read_cache(cache: Path, name: str) -> dict[str, float]:
+    known = {}
+    for path in sorted(cache.glob(f"{name}-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                known[entry["key"]] = float(entry["logps"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line torn by a crash: its trajectory is computed again
+    return known

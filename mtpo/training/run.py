@@ -1,0 +1,276 @@
+"""From a model and rows to a trained model on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from mtpo.batches import Row, check_row, drop_too_long, masked_rows, row_kind, row_length, row_name, sides
+from mtpo.errors import InputError
+from mtpo.models import fingerprint, require_exact_attention, unwrapped
+from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
+from mtpo.training.mismatch import with_mismatched
+from mtpo.training.reference import add_reference_logps
+from mtpo.training.settings import TrainingSettings
+from mtpo.training.trainer import TrajectoryTrainer
+
+log = logging.getLogger(__name__)
+
+BUCKET_BATCHES = 50
+"""Batches within which rows are sorted by length."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made."""
+
+    model: Path
+    """Folder of the final model, for `from_pretrained`."""
+    checkpoints: tuple[Path, ...]
+    """Folders of earlier models, in order of steps."""
+    num_steps: int
+    num_rows: int
+    num_dropped: int
+    """Rows that were longer than the context."""
+    metrics: dict[str, float]
+    """Of the last step."""
+    seconds: float
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    settings: TrainingSettings,
+    out: str | Path,
+    *,
+    reference_model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train `model` in place and write it to `out`.
+
+    out/model          the final model (and tokenizer), written last and whole
+    out/checkpoint-N   the model after N steps, with what is needed to go on from there
+    out/metrics.jsonl  one object a step
+    out/reference      log-probs of the reference, by content
+
+    Args:
+        model: the policy to start from, also when resuming: the reference is measured before its weights are
+            replaced by those of the last checkpoint.
+        rows: of the kind that the method takes; see `mtpo.batches`.
+        reference_model: `model` as it is now, if None. Methods on single rows have none.
+        resume: go on from the last checkpoint in `out`, or start if there is none.
+
+    Raises:
+        InputError: rows of the wrong kind, ids that the model does not have, nothing left to train on, a batch
+            that does not divide over the devices, `out` holds checkpoints and `resume` is not set.
+        GuardError: the loss or a log-prob is not finite, policy and reference are equal but score differently,
+            or the attention implementation is not exact.
+    """
+    started, out, state = time.monotonic(), Path(out), PartialState()
+    require_exact_attention(model)
+    checkpoint = last_checkpoint(out)
+    if checkpoint is not None and not resume:
+        raise InputError(
+            f"{out} holds {checkpoint.name} of an earlier run: resume it, or take another folder"
+        )
+    kept, num_dropped = _usable_rows(rows, settings, model)
+    micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // state.num_processes)
+    args = _arguments(settings, out, micro_batch_size, state.num_processes)
+    model.to(args.device)  # pyright: ignore[reportArgumentType]
+    if settings.gradient_checkpointing:
+        unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+    starts_at_reference = False
+    if settings.recipe.needs_reference:
+        _disable_dropout(model)
+        starts_at_reference = checkpoint is None and (
+            reference_model is None or fingerprint(reference_model) == fingerprint(model)
+        )
+        kept = with_mismatched(kept, settings.seed) if settings.method == "kto" else kept
+        kept = _with_reference(kept, reference_model or model, out, micro_batch_size, args, progress)
+    elif reference_model is not None:
+        raise InputError(f"reference_model has no effect on method {settings.method!r}")
+
+    order = training_order([row_length(row) for row in kept], settings)
+    num_steps = math.ceil(len(order) / settings.batch_size)
+    callbacks: list[TrainerCallback] = [
+        MetricsFile(out / "metrics.jsonl", start_step=_checkpoint_step(checkpoint)),
+        Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
+    ]
+    trainer = TrajectoryTrainer(
+        model,
+        [kept[i] for i in order],
+        settings,
+        args,
+        tokenizer,
+        callbacks + ([ProgressBar(settings.method)] if progress else []),
+        starts_at_reference=starts_at_reference,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.eval()
+    _save(trainer, out / "model")
+    return TrainResult(
+        model=out / "model",
+        checkpoints=tuple(_checkpoints(out)),
+        num_steps=num_steps,
+        num_rows=len(kept),
+        num_dropped=num_dropped,
+        metrics=next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry),
+        seconds=time.monotonic() - started,
+    )
+
+
+def training_order(lengths: Sequence[int], settings: TrainingSettings) -> list[int]:
+    """Which row is drawn when, for all epochs: each epoch shuffled, a function of the seed alone.
+
+    Single rows are then sorted by length within every `BUCKET_BATCHES` batches, and those batches shuffled:
+    less padding.
+    """
+    rng, order = random.Random(settings.seed), []
+    for _ in range(settings.epochs):
+        epoch = list(range(len(lengths)))
+        rng.shuffle(epoch)
+        order += epoch
+    if settings.recipe.rows != "single":
+        return order
+    size, bucketed = settings.batch_size, []
+    for start in range(0, len(order), size * BUCKET_BATCHES):
+        bucket = sorted(order[start : start + size * BUCKET_BATCHES], key=lambda i: lengths[i])
+        batches = [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        partial = (
+            [batches.pop()] if len(batches[-1]) < size else []
+        )  # only the last batch of all may be small
+        rng.shuffle(batches)
+        bucketed += [i for batch in batches + partial for i in batch]
+    return bucketed
+
+
+def checkpoint_steps(num_steps: int, num_checkpoints: int) -> list[int]:
+    """`num_checkpoints` steps that cut the run into equal parts; fewer if the run is shorter."""
+    steps = {round(num_steps * i / (num_checkpoints + 1)) for i in range(1, num_checkpoints + 1)}
+    return sorted(steps - {0, num_steps})
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint: trainer_state.json is the last file to be written."""
+    return next((path for path in reversed(_checkpoints(out)) if _is_complete(path)), None)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=_checkpoint_step)
+
+
+def _checkpoint_step(path: Path | None) -> int:
+    return 0 if path is None else int(path.name.removeprefix("checkpoint-"))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _usable_rows(
+    rows: Sequence[Row], settings: TrainingSettings, model: PreTrainedModel
+) -> tuple[list[Row], int]:
+    if not rows:
+        raise InputError("there are no rows to train on")
+    expected, vocab_size = settings.recipe.rows, unwrapped(model).get_input_embeddings().num_embeddings
+    for number, row in enumerate(rows, start=1):
+        if row_kind(row) != expected:
+            raise InputError(
+                f"method {settings.method!r} trains on {expected} rows, but row {number} is a {row_kind(row)} row"
+            )
+        check_row(row, f"row {number}")
+        largest = max(max(row[f"{side}input_ids"]) for side in sides(row))
+        if largest >= vocab_size:
+            raise InputError(
+                f"row {number} ({row_name(row)}) holds token id {largest}, but the model knows {vocab_size}: "
+                "was it made with another tokenizer?"
+            )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    max_length = min(settings.max_length or context or sys.maxsize, context or sys.maxsize)
+    kept, num_dropped = drop_too_long(rows, max_length)
+    if num_dropped:
+        log.warning("dropped %d of %d rows: longer than %d tokens", num_dropped, len(rows), max_length)
+    return masked_rows(kept, settings.mask), num_dropped
+
+
+def _arguments(
+    settings: TrainingSettings, out: Path, micro_batch_size: int, num_processes: int
+) -> TrainingArguments:
+    if settings.batch_size % (micro_batch_size * num_processes):
+        raise InputError(
+            f"batch_size {settings.batch_size} is no multiple of micro_batch_size {micro_batch_size} "
+            f"times {num_processes} processes"
+        )
+    return TrainingArguments(
+        output_dir=str(out),
+        num_train_epochs=1,  # the rows come in the order of all epochs
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (micro_batch_size * num_processes),
+        learning_rate=settings.learning_rate,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # a callback asks for checkpoints
+        report_to="none",
+        disable_tqdm=True,  # a callback shows the progress
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _with_reference(
+    rows: Sequence[Row],
+    reference: PreTrainedModel,
+    out: Path,
+    batch_size: int,
+    args: TrainingArguments,
+    progress: bool,
+) -> list[Row]:
+    require_exact_attention(reference)
+    device = next(reference.parameters()).device
+    _disable_dropout(reference.to(args.device))  # pyright: ignore[reportArgumentType]
+    rows = add_reference_logps(rows, reference, out / "reference", batch_size=batch_size, progress=progress)
+    reference.to(device)  # pyright: ignore[reportArgumentType]
+    return rows
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """A log-ratio compares two distributions, not two draws of a dropout mask."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+
+def _save(trainer: TrajectoryTrainer, folder: Path) -> None:
+    """Under another name first: a folder of this name is whole, whatever interrupts us."""
+    partial = folder.with_name(f".{folder.name}")
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,219 @@
+"""One trainer for all methods, on `transformers.Trainer`: its loop, wrappers, checkpoints and logging."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from mtpo.batches import PairCollator, Row, SingleCollator, row_name
+from mtpo.errors import GuardError
+from mtpo.logprobs import action_logps, install
+from mtpo.losses import LossOut, kto_baseline, masked_sum
+from mtpo.models import unwrapped
+from mtpo.training.methods import Scores
+from mtpo.training.metrics import CollapseMonitor, StepMetrics, pair_metrics
+from mtpo.training.optim import lr_factor, make_optimizer
+from mtpo.training.settings import TrainingSettings
+
+Batch = dict[str, Tensor]
+
+ZERO_MARGIN = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 0.02}
+"""How far log p of one token may differ between two batches of the same weights: they differ in padding."""
+
+
+class TrajectoryTrainer(Trainer):
+    """Trains on rows in the order given.
+
+    Losses are means over the global batch (of sft, over its action tokens): neither gradient accumulation nor the
+    number of devices changes a result.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        settings: TrainingSettings,
+        args: TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase | None,
+        callbacks: list[TrainerCallback],
+        *,
+        starts_at_reference: bool,
+    ) -> None:
+        """
+        Args:
+            rows: one for every draw, of the kind that the method takes, with reference log-probs and, for kto,
+                mismatched rows.
+            starts_at_reference: policy and reference are equal at step 0, which is then checked.
+        """
+        self.settings = settings
+        self.rows = rows
+        self.starts_at_reference = starts_at_reference
+        self.z0: Tensor | None = None
+        self.metrics = StepMetrics()
+        self.monitor = CollapseMonitor()
+        self.last_log = time.monotonic()
+        install(unwrapped(model))
+        use_cache = model.config.use_cache
+        pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        collator = PairCollator if settings.recipe.rows == "pair" else SingleCollator
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Indexed(rows),  # pyright: ignore[reportArgumentType]
+            data_collator=collator(pad_id),  # pyright: ignore[reportArgumentType]
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the global count
+        model.config.use_cache = use_cache  # Trainer switches it off, and would save the model so
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of one step, and how many examples they hold over all processes."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        count = torch.tensor(sum(self._count(batch) for batch in batches), device=device)
+        if self.settings.method == "kto":
+            self.z0 = self._baseline(batches)
+        return batches, self.accelerator.gather(count).sum()  # pyright: ignore
+
+    def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        """This micro-batch's share of the global batch's loss."""
+        assert num_items_in_batch is not None
+        scores = self._scores(model, inputs)
+        if self.starts_at_reference and self.state.global_step == 0:
+            self._check_zero_margin(scores, inputs)
+        out = self.settings.recipe.loss(scores, self.settings.options)
+        if not torch.isfinite(out.loss):
+            raise GuardError(f"the loss is {out.loss.item()} on {self._names(inputs)}")
+        count = self._count(inputs)
+        self._record(scores, out, inputs)
+        # DDP averages gradients over processes, and so does the logged loss.
+        return out.loss * (count / num_items_in_batch * self.accelerator.num_processes)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last call, over all processes, to what transformers logs."""
+        if "loss" in logs:
+            logs = logs | self.metrics.take()
+            drawn = min(self.state.global_step * self.settings.batch_size, len(self.rows))
+            self.state.epoch = self.settings.epochs * drawn / len(self.rows)
+            now = time.monotonic()
+            logs["tokens_per_s"] = logs["tokens"] / (now - self.last_log)
+            self.last_log = now
+            self.monitor.check(self.state.global_step, logs)
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model if model is None else model, self.settings)  # pyright: ignore
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            s = self.settings
+            factor = lr_factor(s.lr_schedule, num_training_steps, s.warmup_steps, s.final_lr_ratio)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)  # pyright: ignore
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # counting parameters at every step would cost a small model more than it is worth
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # pyright: ignore
+
+    def _count(self, batch: Batch) -> int:
+        """What the loss is a mean over: rows, or action tokens where each token counts alike."""
+        if self.settings.recipe.rows == "single":
+            return int(batch["completion_mask"].sum())
+        return len(batch["index"])
+
+    def _scores(self, model: nn.Module, batch: Batch) -> Scores:
+        logps, sums = self._score(model, batch)
+        return Scores(
+            logps=logps,
+            mask=batch["completion_mask"],
+            sums=sums,
+            ref_sums=batch.get("ref_logps"),
+            labels=batch.get("labels"),
+            z0=self.z0,
+        )
+
+    def _score(self, model: nn.Module, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
+        """Log-probs, (N, T), and their float64 sums, (N,): a float32 sum of a long trajectory loses 1e-4."""
+        mask = batch[f"{prefix}completion_mask"]
+        logps = action_logps(
+            model,
+            batch[f"{prefix}input_ids"],
+            mask,
+            attention_mask=batch[f"{prefix}attention_mask"],
+        )
+        finite = torch.isfinite(logps).all(-1)
+        if not finite.all():
+            raise GuardError(f"log-probs are not finite on {self._names(batch, ~finite)}")
+        return logps, masked_sum(logps.double(), mask)
+
+    @torch.no_grad()
+    def _baseline(self, batches: Sequence[Batch]) -> Tensor:
+        """KTO's z0 over all micro-batches of all processes, at the weights that the step starts from."""
+        rho = []
+        for batch in batches:
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                _, sums = self._score(self.model_wrapped, batch, "kl_")  # pyright: ignore[reportArgumentType]
+            rho.append(sums - batch["kl_ref_logps"])
+        return kto_baseline(torch.cat(rho))
+
+    def _check_zero_margin(self, scores: Scores, batch: Batch) -> None:
+        tolerance = ZERO_MARGIN[unwrapped(self.model).dtype] * scores.mask.sum(-1) + 1e-4  # pyright: ignore
+        worst = (scores.rho.abs() - tolerance).argmax()
+        if scores.rho[worst].abs() > tolerance[worst]:
+            raise GuardError(
+                f"policy and reference are the same model, but their log-probs differ by "
+                f"{scores.rho[worst].item():.3g} nats on {self._names(batch, worst[None])}: a stale cache of "
+                "reference log-probs, or a model that does not repeat itself"
+            )
+
+    def _record(self, scores: Scores, out: LossOut, batch: Batch) -> None:
+        values = {"tokens": float(batch["attention_mask"].sum()), "action_tokens": float(scores.mask.sum())}
+        if self.settings.recipe.rows == "pair":
+            values |= pair_metrics(scores)
+        self.metrics.add(values | out.metrics, weight=len(batch["index"]))
+
+    def _names(self, batch: Batch, which: Tensor | None = None) -> str:
+        """The rows of a micro-batch, or those among its trajectories that `which` marks or lists."""
+        index = batch["index"]
+        if which is not None:
+            trajectories = which.nonzero().flatten() if which.dtype == torch.bool else which
+            index = index[(trajectories % len(index)).unique()]  # a pair has a chosen and a rejected half
+        names = [row_name(self.rows[i]) for i in index.tolist()]
+        return "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+class _Indexed(torch.utils.data.Dataset[Row]):
+    """Rows that know their place, so that a guard can name them."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Row:
+        return self.rows[place] | {"index": place}
