@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mtpo.answers import boxed_in_prose
@@ -75,6 +75,8 @@ class ChatFormat:
     """The id that every prompt starts with, where the family has one."""
     lead: str = ""
     """White space that the template puts between the generation prompt and what the model writes."""
+    special_tokens: tuple[str, ...] = field(default=(), repr=False)
+    """Control tokens; none is ever made of text."""
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, *, tool_role: Literal["user", "tool"] | None = None) -> ChatFormat:
@@ -91,19 +93,27 @@ class ChatFormat:
         """
         template = _template_of(tokenizer)
         family = next((f for f in _FAMILIES if f.marker in template), _Family("measured", ""))
-        draft = cls(tokenizer, family.name, tool_role or family.tool_role, "", -1, (), None)
+        draft = cls(
+            tokenizer,
+            family.name,
+            tool_role or family.tool_role,
+            "",
+            -1,
+            (),
+            None,
+            "",
+            _special_tokens(tokenizer),
+        )
         end_of_turn, lead = draft._measure_turns()
         end_of_turn_id = _single_id(tokenizer, end_of_turn)
         stop_ids = dict.fromkeys(i for i in (end_of_turn_id, tokenizer.eos_token_id) if i is not None)
-        return cls(
-            tokenizer,
-            draft.family,
-            draft.tool_role,
-            end_of_turn,
-            end_of_turn_id,
-            tuple(stop_ids),
-            draft._measure_bos(),
-            lead,
+        return replace(
+            draft,
+            end_of_turn=end_of_turn,
+            end_of_turn_id=end_of_turn_id,
+            stop_ids=tuple(stop_ids),
+            bos_id=draft._measure_bos(),
+            lead=lead,
         )
 
     def prompt(self, question: str, *, system: str | None = None) -> Segment:
@@ -124,8 +134,10 @@ class ChatFormat:
                 the context then reads as the template has it, and the id is not trained.
         """
         output = self._plain(output)
-        text = self._observation_text({"role": "tool", "content": output})
-        ids = self._ids_after_turn(text)
+        question, action = _user("q"), {"role": "assistant", "content": "a"}
+        before = self._render([question]) + self.lead + "a" + self.end_of_turn
+        text = self._render([question, action, self._as_rendered({"role": "tool", "content": output})])
+        ids = self._ids_after_turn(text[len(before) :])
         if not after or after[-1] != self.end_of_turn_id:
             ids = [self.end_of_turn_id, *ids]
         return Segment("observation", tuple(ids), None, output)
@@ -150,31 +162,25 @@ class ChatFormat:
             TemplateError: the template changes an earlier turn of this conversation; names the turn.
         """
         turns = _alternating(messages)
-        segments: list[Segment] = []
-        history: list[Message] = []
-        for index, message in enumerate(turns):
-            content = self._plain(
-                message["content"].strip() if message["role"] == "assistant" else message["content"]
-            )
-            if message["role"] != "assistant":
-                if index == 0:
-                    segments.append(self.prompt(content))
-                    history = [_user(segments[0].text)]
-                    continue
-                observed = {"role": message["role"], "content": content}
-                text = self._observation_text(observed)
-                segments.append(Segment("observation", tuple(self._ids_after_turn(text)), None, content))
-                history.append(self._as_rendered(observed))
-                continue
-            before = self._render(history)
+        question = self._plain(turns[0]["content"])
+        history = [_user(question)]
+        before = self._render(history)
+        segments = [Segment("prompt", tuple(self._prompt_ids(before)), None, question)]
+        for index in range(1, len(turns), 2):
+            content = self._plain(turns[index]["content"].strip())
             action = self.lead + content
-            history = [*history, {"role": "assistant", "content": content}]
-            if index + 1 < len(turns):
-                after = self._render([*history, self._as_rendered(turns[index + 1])])
-                if not after.startswith(before + action + self.end_of_turn):
-                    raise TemplateError(self._unstable(index // 2 + 1))
-            ids = [*self._ids_after_text(before, action), self.end_of_turn_id]
-            segments.append(Segment("action", tuple(ids), None, content))
+            ids = (*self._ids_after_text(before, action), self.end_of_turn_id)
+            segments.append(Segment("action", ids, None, content))
+            if index + 1 == len(turns):
+                break
+            output = self._plain(turns[index + 1]["content"])
+            observed = self._as_rendered({"role": turns[index + 1]["role"], "content": output})
+            history += [{"role": "assistant", "content": content}, observed]
+            seen, before = before + action + self.end_of_turn, self._render(history)
+            if not before.startswith(seen):
+                raise TemplateError(self._unstable(index // 2 + 1))
+            ids = self._ids_after_turn(before[len(seen) :])
+            segments.append(Segment("observation", tuple(ids), None, output))
         return tuple(segments)
 
     def import_trajectory(
@@ -228,18 +234,9 @@ class ChatFormat:
             return _user(f"```output\n{content}\n```")
         return _user(content)
 
-    def _observation_text(self, message: Message) -> str:
-        """Everything between the end-of-turn token of an action and the next action."""
-        question, action = _user("q"), {"role": "assistant", "content": "a"}
-        before = self._render([question]) + self.lead + "a" + self.end_of_turn
-        after = self._render([question, action, self._as_rendered(message)])
-        if not after.startswith(before):
-            raise TemplateError(self._unstable(1))
-        return after[len(before) :]
-
     def _plain(self, text: str) -> str:
         """The text with control tokens broken up by a space, so that they are tokenised as text."""
-        for token in _special_tokens(self.tokenizer):
+        for token in self.special_tokens:
             if token in text:
                 text = text.replace(token, token[0] + " " + token[1:])
         return text
@@ -292,7 +289,7 @@ class ChatFormat:
         return found[0], found[1]
 
     def _special_token_at(self, text: str) -> str:
-        for token in sorted(_special_tokens(self.tokenizer), key=len, reverse=True):
+        for token in sorted(self.special_tokens, key=len, reverse=True):
             if text.startswith(token):
                 return token
         raise TemplateError(
@@ -377,9 +374,9 @@ def _template_of(tokenizer: Any) -> str:
     return template
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
+def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
     added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
 def _single_id(tokenizer: Any, token: str) -> int:
