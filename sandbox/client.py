@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +23,14 @@ from sandbox.provisioner import ForkProvisioner, SandboxKernelSpecs
 from sandbox.server import ForkServer
 
 logger = logging.getLogger(__name__)
+logger.setLevel(logging.CRITICAL)  # jupyter_client's words; what goes wrong is raised, and said by the pool
 SPECS = SandboxKernelSpecs()
+PYTHON_PATHS = {
+    sysconfig.get_path("purelib"): "site-packages",
+    sysconfig.get_path("stdlib"): "python",
+    sys.prefix: "python",
+    sys.base_prefix: "python",
+}
 LAST_WORDS_S = 0.02
 """How long to go on reading what a kernel sent before it died."""
 
@@ -43,12 +52,15 @@ class CellResult:
 class Kernel:
     """A kernel that is ready for cells."""
 
-    def __init__(self, manager: AsyncKernelManager, server: ForkServer, limits: Limits) -> None:
+    def __init__(
+        self, manager: AsyncKernelManager, server: ForkServer, directory: Path, limits: Limits
+    ) -> None:
         assert isinstance(manager.provisioner, ForkProvisioner)
         self._manager = manager
         self._server = server
         self._provisioner = manager.provisioner
         self._limits = limits
+        self._own_path = str(directory / "work")
         self._client: AsyncKernelClient | None = None
 
     @classmethod
@@ -71,7 +83,7 @@ class Kernel:
             log=logger,
         )
         manager.provisioner = ForkProvisioner(server, directory, parent=manager)
-        kernel = cls(manager, server, limits)
+        kernel = cls(manager, server, directory, limits)
         try:
             await manager.start_kernel()
             await kernel._connect()
@@ -81,6 +93,8 @@ class Kernel:
         return kernel
 
     async def _connect(self) -> None:
+        assert self._provisioner.process is not None
+        self.exited = self._provisioner.process.exited
         self._client = self._manager.client(context=self._manager.context)
         self._client.start_channels(stdin=False, hb=False, control=False)
         welcome = asyncio.ensure_future(self._client.get_iopub_msg())
@@ -90,11 +104,6 @@ class Kernel:
                 raise SandboxError(f"the kernel died while it started ({_death(self.exited.result())})")
         finally:
             welcome.cancel()
-
-    @property
-    def exited(self) -> asyncio.Future[int | None]:
-        assert self._provisioner.process is not None
-        return self._provisioner.process.exited
 
     async def run(self, code: str, timeout_s: float) -> CellResult:
         """Run one cell to its end, its deadline, or the end of the kernel."""
@@ -114,14 +123,15 @@ class Kernel:
         finally:
             cell.cancel()
         seconds = time.monotonic() - started
+        output = self._without_host_paths(excerpt.text())
         if not cell.done() or cell.cancelled():
             is_stopped = stopped_at is not None
             death = "" if is_stopped else _death(self.exited.result())
-            return CellResult(excerpt.text(), seconds, is_stopped=is_stopped, is_kernel_gone=True, death=death)
+            return CellResult(output, seconds, is_stopped=is_stopped, is_kernel_gone=True, death=death)
         has_error, began, ended = cell.result()
         # A cell that ended in time is no timeout just because this event loop was late to notice.
         is_stopped = stopped_at is not None and ended >= stopped_at
-        return CellResult(excerpt.text(), (ended - began).total_seconds(), has_error, is_stopped)
+        return CellResult(output, (ended - began).total_seconds(), has_error, is_stopped)
 
     def kill(self) -> None:
         """Kill the kernel and all that it started, without waiting for their end."""
@@ -130,10 +140,10 @@ class Kernel:
 
     async def shutdown(self) -> None:
         """End the kernel if it lives, and remove its files."""
+        await self._manager.shutdown_kernel(now=True)
         if self._client is not None:
             self._client.shell_channel.stop()
             self._client.iopub_channel.stop()
-        await self._manager.shutdown_kernel(now=True)
 
     async def _settles(self, cell: asyncio.Future, timeout_s: float) -> bool:
         """Whether the cell, or the kernel, ends within the time."""
@@ -163,6 +173,13 @@ class Kernel:
                     began = date
                 case "status" if content["execution_state"] == "idle":
                     return has_error, began, date
+
+
+    def _without_host_paths(self, text: str) -> str:
+        """Say `.` for the session's directory, and the same names for Python's on every machine."""
+        for path, name in {self._own_path: ".", **PYTHON_PATHS}.items():
+            text = text.replace(path, name)
+        return text
 
 
 def _encodable(code: str) -> str:

@@ -6,6 +6,7 @@ one ordered stream. So one cap holds for all of it, before it costs memory or re
 
 from __future__ import annotations
 
+import contextlib
 import io
 import linecache
 import os
@@ -135,7 +136,9 @@ def shape_output(kernel: IPythonKernel, max_chars: int) -> None:
 
     shell.showtraceback = MethodType(show_error, shell)
     shell.showsyntaxerror = lambda *args, **kwargs: show_error(shell)
-    # IPython would also render each error in full for a history that is not kept: 20 to 300 ms.
+    # For a history that is not kept, IPython would copy all output into memory, where a print bomb fills it,
+    # and render each error in full, which takes 20 to 300 ms.
+    shell._tee = lambda channel: contextlib.nullcontext()
     shell._format_exception_for_storage = lambda *args, **kwargs: {}
     shell.ask_exit = leave_cell  # exit() ends the cell, not the session
     shell.compile.get_code_name = lambda raw_code, code, number: f"<cell {number}>"

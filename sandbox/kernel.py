@@ -104,10 +104,7 @@ def run_stock(connection_file: Path, limits: Limits, report: Callable[[], None])
 
 def _start(app: IPKernelApp, limits: Limits, report: Callable[[], None]) -> None:
     sys.path[:] = [entry for entry in sys.path if entry != ROOT]
-    random.seed(0)  # so that a session can be replayed
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
-    os.environ.pop("JPY_PARENT_PID", None)
+    random.seed(0)  # as numpy's generator, which a fork copies, so that sessions can be replayed
     report()
     seal(limits)
     app.start()

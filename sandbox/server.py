@@ -162,9 +162,11 @@ class ForkServer:
         """The process is gone, or about to be: all that it owned is gone too."""
         if self._control is None:
             return
-        asyncio.get_running_loop().remove_reader(self._control)
+        assert self._ready is not None and self._process is not None
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._control)
         self._control.close()
-        assert self._ready is not None
+        loop.run_in_executor(None, self._process.wait)
         _fail(self._ready, reason)
         for kernel in self._kernels.values():
             _fail(kernel.listening, reason)

@@ -1,0 +1,339 @@
+"""What a session promises, whichever kernel stands behind it."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from mtpo.errors import InputError, SandboxError
+from mtpo.rollout import Interpreter
+from sandbox import InterpreterPool, Limits, run_code
+from sandbox.session import Session
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+KERNELS = ("zygote", "ipykernel")
+IGNORE_INTERRUPTS = """
+import time
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module", params=KERNELS)
+async def pool(request: pytest.FixtureRequest) -> AsyncIterator[InterpreterPool]:
+    async with InterpreterPool(Limits(max_output_chars=1000), kernel=request.param, preload=()) as pool:
+        yield pool
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def session(pool: InterpreterPool) -> AsyncIterator[Session]:
+    async with pool.session() as session:
+        yield session
+
+
+async def texts(session: Session, *cells: str) -> list[str]:
+    return [(await session.execute(cell, timeout_s=20)).text for cell in cells]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def dies(*pids: int, within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    return not any(map(is_alive, pids))
+
+
+async def test_state_is_kept_from_cell_to_cell(session: Session) -> None:
+    assert await texts(session, "x = 20", "x += 1", "x * 2") == ["[no output]", "[no output]", "42"]
+
+
+async def test_sessions_do_not_see_each_other(pool: InterpreterPool) -> None:
+    async with pool.session() as one, pool.session() as two:
+        await texts(one, "x = 1")
+        assert (await texts(two, "'x' in globals()"))[0] == "False"
+        await texts(two, "x = 2")
+        assert (await texts(one, "x"))[0] == "1"
+
+
+async def test_execution_says_what_ran_and_how_it_went(session: Session) -> None:
+    execution = await session.execute("import time; time.sleep(0.2)\n1 / 0", timeout_s=10)
+    assert (execution.code, execution.status) == ("import time; time.sleep(0.2)\n1 / 0", "error")
+    assert 0.2 <= execution.seconds < 5
+    assert (await session.execute("1")).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("'a'", "'a'"),
+        ("x = 1", "[no output]"),
+        ("", "[no output]"),
+        ("print()", "[no output]"),
+        ("1;", "[no output]"),
+        ("import sys\nprint('a')\nprint('b', file=sys.stderr)\nprint('c', end='')\n'd'", "a\nb\nc\n'd'"),
+        ("from IPython.display import display\ndisplay([1], 'two')\n3", "[1]\n'two'\n3"),
+        ("{'a': [1, 2]}", "{'a': [1, 2]}"),
+        ("print('\\ud800')", "?"),
+        ("print('\ud800')", "?"),
+        ("import warnings\nwarnings.warn('careful')", "UserWarning: careful"),
+        ("eval('1 is 1')", "True"),
+        ("print('a')\nexit()\nprint('b')", "a"),
+        ("import os\nos.getcwd()", "'.'"),
+        ("import threading\nt = threading.Thread(target=print, args=('a',))\nt.start(); t.join()", "a"),
+        ("import os, sys\npid = os.fork()\nif not pid:\n print(1)\n os._exit(0)\n_ = os.wait()", "[no output]"),
+    ],
+)
+async def test_cell_reads_as(session: Session, code: str, text: str) -> None:
+    execution = await session.execute(code, timeout_s=20)
+    assert (execution.text, execution.status) == (text, "ok")
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("a = 1\nb = a / 0", "Line 2: b = a / 0\nZeroDivisionError: division by zero"),
+        ("def f():\n    return 1 / 0\n\nf()", "Line 2: return 1 / 0\nZeroDivisionError: division by zero"),
+        ("import json\njson.loads('')", "Line 2: json.loads('')\nJSONDecodeError: Expecting value: line 1 column 1 (char 0)"),  # noqa: E501
+        ("print(1)\nx = = 2", "Line 2: x = = 2\nSyntaxError: invalid syntax"),
+        ("if True:\nx = 1", "Line 2: x = 1\nIndentationError: expected an indented block after 'if' statement on line 1"),  # noqa: E501
+        ("exec('y = (')", "Line 1: exec('y = (')\nSyntaxError: '(' was never closed"),
+        ("raise ValueError", "Line 1: raise ValueError\nValueError"),
+        ("{}['k']", "Line 1: {}['k']\nKeyError: 'k'"),
+        ("from json import nothing", "Line 1: from json import nothing\nImportError: cannot import name 'nothing' from 'json'"),  # noqa: E501
+        ("import sys\nsys.exit('no')", "Line 2: sys.exit('no')\nSystemExit: no"),
+        ("class E(Exception):\n  def __str__(self): return 1 / 0\nraise E", "Line 3: raise E\nE: <its message raised ZeroDivisionError>"),  # noqa: E501
+        ("class R:\n  def __repr__(self): return 1 / 0\nR()", "Line 2: def __repr__(self): return 1 / 0\nZeroDivisionError: division by zero"),  # noqa: E501
+    ],
+)  # fmt: skip
+async def test_error_names_the_last_own_line(session: Session, code: str, text: str) -> None:
+    execution = await session.execute(code, timeout_s=20)
+    assert (execution.text, execution.status) == (text, "error")
+
+
+async def test_error_in_an_earlier_cell_names_that_cell(session: Session) -> None:
+    assert (await texts(session, "def f():\n    return nothing", "f()"))[1] == (
+        "Line 2 of cell 1: return nothing\nNameError: name 'nothing' is not defined"
+    )
+
+
+async def test_input_fails_at_once(session: Session) -> None:
+    execution = await session.execute("input('how many? ')", timeout_s=20)
+    assert execution.status == "error"
+    assert execution.text.startswith("Line 1: input('how many? ')\nStdinNotImplementedError")
+    assert execution.seconds < 2
+
+
+async def test_sympy_prints_what_can_be_copied_back(session: Session) -> None:
+    cell = "from sympy import *\ninit_printing()\nx = symbols('x')\nprint(x**2)\nsqrt(x)/2"
+    assert await texts(session, cell, "[x**2, Rational(1, 3)]") == ["x**2\nsqrt(x)/2", "[x**2, 1/3]"]
+
+
+async def test_long_output_keeps_head_and_tail_and_counts_the_rest(session: Session) -> None:
+    text = (await session.execute("print('a' * 3000)\n'b' * 3000", timeout_s=20)).text
+    head, marker, tail = text.split("\n")
+    num_cut = int(marker.removeprefix("[... ").removesuffix(" characters cut ...]"))
+    assert head == "a" * 500
+    assert tail == "b" * (len(tail) - 1) + "'"
+    assert len(text) <= 1000
+    assert len(head) + num_cut + len(tail) == len("a" * 3000 + "\n" + repr("b" * 3000))
+
+
+async def test_print_bomb_fills_neither_memory_nor_client(session: Session) -> None:
+    execution = await session.execute("while True: print('x' * 10**6)", timeout_s=1)
+    assert execution.status == "timeout"
+    assert "variables are kept" in execution.text
+    assert len(execution.text) < 1200
+    peak_kb = "int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    assert int((await texts(session, peak_kb))[0]) < 200_000
+
+
+async def test_timeout_interrupts_and_keeps_the_state(session: Session) -> None:
+    await session.execute("x = 1")
+    execution = await session.execute("print('start')\nwhile True: pass", timeout_s=0.5)
+    assert execution.status == "timeout"
+    assert execution.text == (
+        "start\nLine 2: while True: pass\nKeyboardInterrupt\n"
+        "[stopped after 0.5 s, the time limit; variables are kept]"
+    )
+    assert await texts(session, "x") == ["1"]
+
+
+@pytest.mark.parametrize("code", [IGNORE_INTERRUPTS, "import itertools\nsum(itertools.repeat(0))"])
+async def test_cell_that_ignores_the_interrupt_is_killed(session: Session, code: str) -> None:
+    pid = int((await texts(session, "x = 1\nimport os\nos.getpid()"))[0])
+    execution = await session.execute(code, timeout_s=0.5)
+    assert execution.status == "timeout"
+    assert execution.text == (
+        "[stopped after 0.5 s, the time limit; the interpreter was restarted, all variables are gone]"
+    )
+    assert 1.0 <= execution.seconds < 3
+    assert await dies(pid)
+    assert await texts(session, "'x' in globals()") == ["False"]
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import os\nos._exit(3)", "exit code 3"),
+        ("import os\nos.kill(os.getpid(), 9)", "signal SIGKILL"),
+        ("import ctypes\nctypes.string_at(0)", "signal SIGSEGV"),
+    ],
+)
+async def test_death_is_reported_at_once(session: Session, code: str, how: str) -> None:
+    await session.execute("x = 1")
+    execution = await session.execute(code, timeout_s=60)
+    assert execution.status == "died"
+    assert execution.text == f"[the interpreter died ({how}) and was restarted; all variables are gone]"
+    assert execution.seconds < 5
+    assert await texts(session, "'x' in globals()") == ["False"]
+
+
+async def test_death_between_cells_is_told_with_the_next_one(session: Session) -> None:
+    await session.execute("import threading, os\nthreading.Timer(0.1, os._exit, [1]).start()")
+    assert session._kernel is not None
+    await asyncio.wait_for(asyncio.shield(session._kernel.exited), 10)
+    assert await texts(session, "1", "2") == [
+        "[the interpreter died since the last cell; all variables are gone]\n1",
+        "2",
+    ]
+
+
+async def test_late_output_of_a_stopped_cell_never_shows(session: Session) -> None:
+    cell = (
+        "import threading, time\n"
+        "def talk():\n    while True:\n        print('late')\n        time.sleep(0.001)\n"
+        "t = threading.Thread(target=talk, daemon=True)\nt.start()\nt.join()"
+    )
+    assert "late" in (await session.execute(cell, timeout_s=0.5)).text
+    assert await texts(session, "time.sleep(0.2)\n'on time'") == ["'on time'"]
+
+
+async def test_a_busy_event_loop_is_no_timeout(session: Session) -> None:
+    await session.execute("1")
+    running = asyncio.ensure_future(session.execute("'done'", timeout_s=0.2))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    time.sleep(0.5)  # the owner computes; the kernel has long finished
+    assert (await running).status == "ok"
+
+
+async def test_cells_of_one_session_wait_for_each_other(session: Session) -> None:
+    cells = [session.execute(f"x = {i}\nimport time\ntime.sleep(0.1)\nx", timeout_s=20) for i in range(3)]
+    assert [e.text for e in await asyncio.gather(*cells)] == ["0", "1", "2"]
+
+
+async def test_what_a_cell_started_ends_with_the_session(pool: InterpreterPool) -> None:
+    async with pool.session() as session:
+        cell = "import os, subprocess\nprint(os.getpid(), subprocess.Popen(['sleep', '600']).pid)"
+        pids = [int(pid) for pid in (await texts(session, cell))[0].split()]
+        assert all(map(is_alive, pids))
+    assert await dies(*pids)
+
+
+async def test_scratch_directory_goes_with_the_session(pool: InterpreterPool) -> None:
+    async with pool.session() as session:
+        cell = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('1')\nos.getcwd().replace('/', '|')"
+        scratch = (await texts(session, cell))[0].strip("'").replace("|", "/")
+        assert os.path.exists(f"{scratch}/a/b/c")
+    assert not os.path.exists(os.path.dirname(scratch))
+
+
+async def test_standard_files_are_the_null_device_and_no_other_is_inherited(pool: InterpreterPool) -> None:
+    cell = (
+        "import os\nlinks = [os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')[:-1]]\n"
+        "print(links[:3] == ['/dev/null'] * 3, all(l.startswith(('socket', 'anon', 'pipe')) for l in links[3:]))"
+    )
+    async with pool.session() as session:
+        assert await texts(session, cell) == ["True True"]
+
+
+async def test_cancelling_kills_the_cell(session: Session) -> None:
+    pid = int((await texts(session, "import os\nos.getpid()"))[0])
+    running = asyncio.ensure_future(session.execute("while True: pass", timeout_s=60))
+    await asyncio.sleep(0.1)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await dies(pid)
+    assert await texts(session, "1") == ["1"]
+
+
+async def test_closed_session_runs_nothing(pool: InterpreterPool) -> None:
+    session = pool.session()
+    await texts(session, "1")
+    await session.close()
+    await session.close()
+    with pytest.raises(SandboxError, match="closed"):
+        await session.execute("1")
+
+
+async def test_closing_ends_a_running_cell(pool: InterpreterPool) -> None:
+    session = pool.session()
+    pid = int((await texts(session, "import os\nos.getpid()"))[0])
+    running = asyncio.ensure_future(session.execute("while True: pass", timeout_s=60))
+    await asyncio.sleep(0.1)
+    await session.close()
+    with pytest.raises(SandboxError, match="closed"):
+        await running
+    assert await dies(pid)
+
+
+async def test_fork_is_independent(session: Session) -> None:
+    await texts(session, "x = [1]", "y = 2")
+    async with await session.fork() as twin:
+        await texts(session, "x.append('here')")
+        await texts(twin, "x.append('there')")
+        async with await twin.fork() as nested:
+            await texts(nested, "x.append('nested')")
+            assert await texts(session, "x, y") == ["([1, 'here'], 2)"]
+            assert await texts(twin, "x, y") == ["([1, 'there'], 2)"]
+            assert await texts(nested, "x, y") == ["([1, 'there', 'nested'], 2)"]
+
+
+async def test_fork_repeats_seeded_random_numbers(session: Session) -> None:
+    [value] = await texts(session, "import random\nrandom.random()")
+    async with await session.fork() as twin:
+        assert await texts(twin, "_") == [value]
+
+
+async def test_fork_refuses_what_it_cannot_repeat(session: Session) -> None:
+    await texts(session, "x = 1", "import time\ntime.time_ns()")
+    with pytest.raises(SandboxError, match="cell 2 is not deterministic"):
+        await session.fork()
+    assert await texts(session, "x") == ["1"]
+
+
+async def test_fork_refuses_a_stopped_cell(session: Session) -> None:
+    await session.execute("n = 0\nwhile True: n += 1", timeout_s=0.3)
+    with pytest.raises(SandboxError, match="cell 1 is not deterministic"):
+        await session.fork()
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, float("nan"), float("inf")])
+async def test_impossible_timeouts_are_refused(session: Session, timeout_s: float) -> None:
+    with pytest.raises(InputError, match="timeout_s must be a positive number"):
+        await session.execute("1", timeout_s=timeout_s)
+
+
+async def test_pool_is_an_interpreter(pool: InterpreterPool) -> None:
+    interpreter: Interpreter = pool
+    assert (await interpreter.session().execute("1")).text == "1"
+
+
+async def test_run_code_works_inside_a_running_loop() -> None:
+    execution = run_code("x = 6\nx * 7")
+    assert (execution.text, execution.status) == ("42", "ok")
