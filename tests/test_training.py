@@ -250,7 +250,8 @@ def test_lora_starts_at_the_reference_and_moves_away(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = tiny_model("gemma2", std=0.1)
     before = weights(base)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.5)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.5, init_lora_weights=False)
     model = peft.get_peft_model(base, config)
     result = train(model, tiny_pairs(4), settings("dpo", 1e-2, epochs=6), tmp_path, progress=False)
     assert steps(tmp_path)[0]["margin"] == pytest.approx(0, abs=1e-5)
