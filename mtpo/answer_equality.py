@@ -40,6 +40,8 @@ from mtpo.exact_numbers import Number, TooLargeError, parse_number
 from mtpo.real_sets import Piece, looks_like_set, parse_set
 from mtpo.symbolic_equality import UnreadableError, check_readable
 
+GOLD_TOO_LARGE = "gold_too_large"
+"""The rule of a decision that no algebra can make, for the gold is a number beyond what is computed."""
 MAX_ITEMS = 64
 MAX_DEPTH = 6
 
@@ -59,9 +61,6 @@ def compare(gold: str, answer: str, symbolic: Symbolic | None = None) -> Decisio
 
     Args:
         symbolic: the rule of last resort; without it, the decision on what reaches it is None.
-
-    Raises:
-        TooLargeError: the gold answer is a number beyond what is computed.
     """
     return _Comparison(symbolic).decide(gold, answer)
 
@@ -92,7 +91,10 @@ class _Comparison:
     def _numbers(self, gold: str, answer: str) -> Decision | None:
         """Exact arithmetic; final when both sides are numbers."""
         gold_side, answer_side = measured(gold), measured(answer)
-        gold_values = _values(gold_side)
+        try:
+            gold_values = _values(gold_side)
+        except TooLargeError:
+            return Decision(None, GOLD_TOO_LARGE)
         if not gold_values:
             return None
         try:
@@ -236,12 +238,12 @@ class _Comparison:
                 return None
             return Decision(False, "count")
         gold_named, answer_named = named_values(gold_items.values), named_values(answer_items.values)
+        if gold_named and answer_named and gold_named.keys() != answer_named.keys():
+            return Decision(False, "tuple")
         if gold_items.bracket in ("(", "[") or gold_named or answer_named:
             if not (answer_named or _order_is_known(gold_items, answer_items)):
                 return Decision(False, "tuple")
-            return self._in_order(
-                gold_named or gold_items.values, answer_named or answer_items.values, "tuple"
-            )
+            return self._in_order(_members(gold_items), _members(answer_items), "tuple")
         gold_values, answer_values = written_out(gold_items.values), written_out(answer_items.values)
         if answer_items.bracket == "(":
             return self._in_order(gold_values, answer_values, "list")
@@ -265,13 +267,21 @@ class _Comparison:
         gold_value, answer_value = self._solved_side(gold_sides), self._solved_side(answer_sides)
         if len(gold_sides) > 1 and len(answer_sides) > 1:
             if gold_value and answer_value and _same_name(gold_sides[0], answer_sides[0]):
-                return self.decide(gold_value, answer_value)
+                return self._by_value(gold_value, answer_value, answer_sides)
             if len(gold_sides) == len(answer_sides) == 2:
                 return self._expressions("=".join(gold_sides), "=".join(answer_sides))
             return Decision(False, "equation")
         if gold_value is None or answer_value is None:
             return Decision(False, "equation")
-        return self.decide(gold_value, answer_value)
+        return self._by_value(gold_value, answer_value, answer_sides)
+
+    def _by_value(self, gold: str, answer: str, sides: Sequence[str]) -> Decision:
+        """Compare the values of solved equations; a chain such as `x = 2 + 3 = 5` must agree with itself."""
+        agreements = [self.decide(answer, side).equal for side in sides[1:-1]]
+        decision = self.decide(gold, answer)
+        if decision.equal is False or all(agreements):
+            return decision
+        return Decision(False if False in agreements else None, "equation")
 
     def _solved_side(self, sides: Sequence[str]) -> str | None:
         """The value of `x = 5`, `5 = x`, `AB = 2 + 3 = 5` or `8! = 40320`; None if nothing is solved for."""
@@ -373,7 +383,13 @@ def _vector(text: str, rows: list[list[str]] | None) -> list[str] | None:
     several = items(text)
     if several is None or several.bracket == "{":
         return None
-    return named_values(several.values) or several.values
+    return _members(several)
+
+
+def _members(several: Items) -> list[str]:
+    """The values of a tuple, in the order of their names if they have any."""
+    named = named_values(several.values)
+    return list(named.values()) if named else several.values
 
 
 def _is_equation(text: str) -> bool:

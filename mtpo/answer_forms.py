@@ -187,10 +187,11 @@ def _open(text: str) -> tuple[str, str]:
 
 
 def written_out(values: Sequence[str]) -> list[str]:
-    r"""Each value once, with `\pm` as two values and without the name in `x = 1`."""
+    r"""Each value once, with `\pm` as two values; without the name if all have the same, as in `x = 1, x = 2`."""
+    names = {name.group() for value in values if (name := _MEMBER_NAME.match(value))}
     found: dict[str, str] = {}
     for value in values:
-        if name := _MEMBER_NAME.match(value):
+        if len({name[0] for name in names}) == 1 and (name := _MEMBER_NAME.match(value)):
             value = value[name.end() :]
         for pm, mp in (("+", "-"), ("-", "+")) if _PLUS_MINUS.search(value) else (("", ""),):
             signed = _PLUS_MINUS.sub(lambda m, pm=pm, mp=mp: pm if m.group(1) == "pm" else mp, value)
@@ -199,8 +200,8 @@ def written_out(values: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
-def named_values(values: Sequence[str]) -> list[str] | None:
-    r"""The values of `x=2, y=3` or `{x: 2, y: 3}`; None unless each has its own name.
+def named_values(values: Sequence[str]) -> dict[str, str] | None:
+    r"""The values of `x=2, y=3` or `{x: 2, y: 3}` by name; None unless each has a letter of its own.
 
     In the order of the names, or as they stand if there are Greek letters, as in `r=4, \theta=\pi`.
     """
@@ -210,8 +211,9 @@ def named_values(values: Sequence[str]) -> list[str] | None:
         if match is None or match.group(1) in named:
             return None
         named[match.group(1)] = match.group(2)
-    names = list(named) if any(name[0] == "\\" for name in named) else sorted(named)
-    return [named[name] for name in names] if len(names) > 1 else None
+    if len(named) < 2 or len({name.partition("_")[0] for name in named}) == 1:
+        return None
+    return named if any(name[0] == "\\" for name in named) else dict(sorted(named.items()))
 
 
 def matrix(text: str) -> list[list[str]] | None:

@@ -15,6 +15,8 @@ from functools import lru_cache
 
 MAX_CHARS = 2000
 """Longer answers are not read: no gold comes near, and every pass below stays cheap."""
+MAX_NESTING = 50
+"""Nor are those with more brackets inside each other, so that no reader recurses deeper."""
 
 _FUNCTION_NAMES = """arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc ln log exp
     det gcd lcm max min"""
@@ -42,10 +44,8 @@ def _rules(*pairs: tuple[str, str]) -> tuple[_Rule, ...]:
     return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
 
 
-# In this order: a break between rows must be known before `\ ` is taken for spacing, and separators
-# of thousands before `\,` and `\!` are.
+# In this order: separators of thousands must be known before `\,` and `\!` are taken for spacing.
 _MARKUP = _rules(
-    (r"(\.\d*?)0{20,}(?!\d)", r"\1"),
     (r"^\s*\*\*([^*]*)\*\*\s*$", r"\1"),
     (r"^\s*(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?\s*:?\s+(?=[-\d\\$(])", ""),
     (
@@ -54,7 +54,6 @@ _MARKUP = _rules(
     ),
     (r"(\.\d*)\\(?:dot|bar)\{(\d+)\}", r"\1\\overline{\2}"),
     (r"</?s>|<eos>|<pad>|<(?:start|end)_of_turn>|<\|[^|<>]{1,30}\|>", ""),
-    (r"\\(?:newline|cr|tabularnewline)(?![A-Za-z])", r"\\\\"),
     (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", ""),
     (r"\\(?:q?quad|thinspace|enspace|hfill|allowbreak)(?![A-Za-z])|\\[,;:> ]|~|\\$", " "),
     (
@@ -134,16 +133,22 @@ _TRANSPARENT_COMMAND = re.compile(
 )
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=20_000)
 def normalise(answer: str) -> str:
     """The normal spelling of an answer. Normalising twice changes nothing more.
 
     Raises:
-        ValueError: the answer is longer than `MAX_CHARS`, not counting zeros at the end of a decimal.
+        ValueError: the answer is longer than `MAX_CHARS`, not counting zeros at the end of a decimal, or
+            nested deeper than `MAX_NESTING`.
     """
-    text = _substitute(answer, _MARKUP[:1])
+    text = answer if len(answer) <= MAX_CHARS else _TRAILING_ZEROS.sub(r"\1", answer)
     if len(text) > MAX_CHARS:
         raise ValueError(f"an answer of {len(text)} characters is not read, only up to {MAX_CHARS}")
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth > MAX_NESTING:
+            raise ValueError(f"brackets are nested more than {MAX_NESTING} deep")
     for _ in range(3):  # a rewrite can uncover another; more than two passes are never needed in practice
         before, text = text, _normalise_once(text)
         if text == before:
@@ -191,6 +196,7 @@ def split_top(text: str, separator: re.Pattern[str]) -> list[str]:
     return [*parts, text[start:].strip()]
 
 
+_TRAILING_ZEROS = re.compile(r"(\.(?:\d*[1-9])?)0{20,}+(?!\d)")
 _NUMPY_ARRAY = re.compile(r"\[[-\[\]\d.\s]+\]")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)", re.DOTALL)
@@ -236,7 +242,7 @@ def _vulgar_fraction(character: str) -> str:
 def _protect_rows(text: str) -> str:
     r"""`\\` ends a row inside an environment, and is a backslash escaped twice elsewhere."""
     if r"\begin" in text:
-        return re.sub(r"\\\\(?:\[[^\]]{0,8}\])?", r" \\newrow ", text)
+        return re.sub(r"\\\\(?:\[[^\]]{0,8}\])?|\\(?:newline|cr)(?![A-Za-z])", r" \\newrow ", text)
     return text.replace("\\\\", "\\")
 
 

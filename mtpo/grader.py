@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from mtpo.answer_equality import Decision, compare
+from mtpo.answer_equality import GOLD_TOO_LARGE, Decision, compare
 from mtpo.answer_text import normalise
 from mtpo.answers import extract_answer
 from mtpo.grader_workers import WorkerPool
@@ -108,7 +108,7 @@ class Grader:
                 continue
             self.num_compared += 1
             decision = decide_here(answer, gold)
-            if decision.equal is None and decision.rule not in UNGRADED_HERE:
+            if decision.equal is None and decision.rule not in (_GOLD_TOO_COMPLEX, GOLD_TOO_LARGE):
                 hard.append((answer, gold))
             else:
                 self._decisions[answer, gold] = decision
@@ -134,23 +134,22 @@ class Grader:
             return self._pool
 
 
-UNGRADED_HERE = frozenset({"gold_too_long", "gold_too_large"})
+_GOLD_TOO_COMPLEX = "gold_too_complex"
 
 
 def decide_here(answer: str, gold: str) -> Decision:
     """Compare without algebra; `equal` is None if algebra is needed, or if the gold cannot be read."""
+    if answer == gold:
+        return Decision(True, "same_text")
     try:
         normal_gold = normalise(gold)
     except ValueError:
-        return Decision(True, "same_text") if answer.strip() == gold else Decision(None, "gold_too_long")
+        return Decision(None, _GOLD_TOO_COMPLEX)
     try:
         normal_answer = normalise(answer)
     except ValueError:
-        return Decision(False, "too_long")
-    try:
-        return compare(normal_gold, normal_answer)
-    except ArithmeticError:
-        return Decision(None, "gold_too_large")
+        return Decision(False, "too_complex")
+    return compare(normal_gold, normal_answer)
 
 
 _graders: dict[float, Grader] = {}

@@ -74,7 +74,7 @@ def parse_set(text: str) -> list[Piece] | None:
     parts = split_top(text, _AND)
     if len(parts) > 1:
         return _intersection(parts)
-    if len(parts := split_top(text, _IN)) == 2:
+    if len(parts := split_top(text, _IN)) == 2 and _VARIABLE.fullmatch(parts[0]):
         return parse_set(parts[1])
     if len(parts := split_top(text, _SETMINUS)) == 2 and _ALL_REALS.fullmatch(parts[0]):
         return _all_but(split_top(parts[1].removeprefix("\\{").removesuffix("\\}"), _COMMA))

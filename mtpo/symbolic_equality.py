@@ -28,6 +28,7 @@ AGREEMENT = 40
 FLOAT_AGREEMENT = 12
 """The same, if one side holds a float that was printed in full."""
 POINTS = 6
+_SCALES = (49_999, 9_973, 1_009)
 
 _READABLE = """frac sqrt binom cdot pi sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp
     lfloor rfloor lceil rceil max min alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa
@@ -100,8 +101,8 @@ def equal_expressions(gold: str, answer: str) -> bool | None:
 
     with mpmath.workdps(DIGITS):
         try:
-            if "=" in gold and "=" in answer:
-                return _same_ratio(_difference(gold), _difference(answer))
+            if "=" in gold or "=" in answer:
+                return _same_ratio(_sides(gold), _sides(answer))
             return _same_values(_parse(gold), _parse(answer), digits=_agreement(gold, answer))
         except UnreadableError:
             return None
@@ -111,8 +112,10 @@ def _agreement(*texts: str) -> int:
     return FLOAT_AGREEMENT if any(_LONG_FLOAT.search(text) for text in texts) else AGREEMENT
 
 
-def _difference(equation: str) -> tuple[Any, Any]:
-    left, right = equation.split("=")
+def _sides(equation: str) -> tuple[Any, Any]:
+    left, equals, right = equation.partition("=")
+    if not equals or "=" in right:
+        raise UnreadableError("not one equation")
     return _parse(left), _parse(right)
 
 
@@ -145,9 +148,9 @@ def _for_parser(text: str) -> str:
     )
     text = _QUOTIENT_FACTOR.sub(r"\\frac{\1}{\2} ", text)
     text = re.sub(r"(?<![\d.}^_{])(\d+)\s*(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", text)
-    text = re.sub(r"(\\(?:sin|cos|tan|cot|sec|csc))\s*\^\s*\{(-?\d+)\}", r"\1^{\2}", text)
+    text = re.sub(r"\\log\s+_", r"\\log_", text)
     text = _LETTER_FACTOR.sub(lambda m: m["function"] or rf"{m.group()}\cdot ", text)
-    return re.sub(r"\)\s*(?=[\\(A-Za-z\d](?!cdot))", r")\\cdot ", text)
+    return re.sub(r"\)\s*(?=[(A-Za-z\d]|\\(?!cdot|rfloor|rceil))", r")\\cdot ", text)
 
 
 def _same_values(gold: Any, answer: Any, digits: int) -> bool | None:
@@ -166,29 +169,32 @@ def _same_values(gold: Any, answer: Any, digits: int) -> bool | None:
 
 
 def _same_ratio(gold: tuple[Any, Any], answer: tuple[Any, Any]) -> bool | None:
-    """The differences of the sides have the same ratio, not 0, at all points."""
-    first = None
-    compared = 0
+    """The differences of the sides have the same ratio at all points.
+
+    An equation that always holds, or that holds no variable, has no such ratio and equals no other.
+    """
+    differences: list[tuple[Any, Any]] = []
     for point, _ in _points():
         values = [_evaluate(side, point) for side in (*gold, *answer)]
         if any(value is None for value in values):
             continue
-        gold_difference, answer_difference = values[0] - values[1], values[2] - values[3]
-        if not gold_difference or not answer_difference:
+        if _agree(values[0], values[1], AGREEMENT) or _agree(values[2], values[3], AGREEMENT):
             return False
-        ratio = gold_difference / answer_difference
-        if first is None:
-            first = ratio
-        elif not _agree(first, ratio, AGREEMENT):
-            return False
-        compared += 1
-    return True if compared > 1 else None
+        differences.append((values[0] - values[1], values[2] - values[3]))
+    if len(differences) < 2:
+        return None
+    first, *others = differences
+    if all(_agree(first[0], other[0], AGREEMENT) for other in others):
+        return False
+    return all(_agree(first[0] * other[1], first[1] * other[0], AGREEMENT) for other in others)
 
 
 def _agree(a: Any, b: Any, digits: int) -> bool:
+    """Relatively to so many digits, or both vanish: values that cancel leave an error of the working precision."""
     from mpmath import mpf
 
-    return abs(a - b) <= max(abs(a), abs(b)) * mpf(10) ** -digits or max(abs(a), abs(b)) < mpf(10) ** -70
+    size = max(abs(a), abs(b))
+    return abs(a - b) <= size * mpf(10) ** -digits or size < mpf(10) ** (10 - DIGITS)
 
 
 def _points() -> Iterator[tuple[Callable[[str], Any], bool]]:
@@ -196,11 +202,11 @@ def _points() -> Iterator[tuple[Callable[[str], Any], bool]]:
     from mpmath import mpf
 
     for index in range(POINTS):
-        is_positive = index < POINTS // 2
+        is_positive, scale = index < POINTS // 2, _SCALES[index % len(_SCALES)]
 
-        def value(name: str, index: int = index, is_positive: bool = is_positive) -> Any:
+        def value(name: str, index: int = index, is_positive: bool = is_positive, scale: int = scale) -> Any:
             seed = int.from_bytes(hashlib.sha256(f"{index}/{name}".encode()).digest()[:6], "big")
-            magnitude = mpf(seed % 99_991 + 17_011) / 49_999  # between 0.34 and 2.34
+            magnitude = mpf(seed % 99_991 + 17_011) / scale  # small, middling and large points
             return magnitude if is_positive or seed % 7 < 3 else -magnitude
 
         yield value, is_positive

@@ -91,6 +91,25 @@ RULES: list[tuple[str, list[str], list[str]]] = [
     ("6", [], ["2x = 6", "x = 3"]),
     ("y = 2x - 3", ["2x - y = 3", "4x - 2y - 6 = 0", "2x-3"], ["y = 2x + 3", "2x + y = 3"]),
     (r"n \equiv 5 \pmod{17}", ["5"], [r"n \equiv 5 \pmod{16}", "22"]),
+    (r"\frac{x}{3} + \frac{y}{2} = 1", ["2x + 3y = 6"], ["2x + 3y = 1", "2 = 3", "x = x", "6 = 6"]),
+    (
+        r"2\sqrt{3}",
+        [r"2\sqrt{3} \approx 3.46", r"x = 2\sqrt{3} \approx 3.46"],
+        [r"x \approx 3.46", r"x = 1 y = 2\sqrt{3}"],
+    ),
+    (r"(t, 2t)", ["(t, t + t)"], [r"(3t, 2t)", r"t \in \mathbb{R}"]),
+    # functions of a variable
+    (r"\sin 2x", [r"2 \sin x \cos x", "sin(2*x)"], [r"2 \sin x", r"\sin 2y"]),
+    ("|x|", [r"\sqrt{x^2}"], ["x", "-x"]),
+    (
+        r"n - \lfloor n/2 \rfloor",
+        [r"\lceil n/2 \rceil + n - \lceil n/2 \rceil - \lfloor n/2 \rfloor"],
+        [r"n - \lfloor n/3 \rfloor"],
+    ),
+    (r"\frac{n(n+1)}{2}", ["n*(n+1)/2", r"\binom{n+1}{2}", "(n^2+n)/2"], [r"\frac{n(n-1)}{2}"]),
+    (r"\lfloor (x+1) \rfloor", [r"\lfloor x + 1 \rfloor"], [r"\lceil x \rceil + 2"]),
+    (r"e^{2x}", ["(e^x)^2", "exp(2*x)"], ["e^{x^2}", "2e^x"]),
+    ("3 - 2f(x)", ["-2*f(x) + 3"], ["3 - 2g(x)", "3 - 2f(y)"]),
     # base n, choices, times, ratios, words
     ("1101_2", ["1101", "1101_{2}", r"1101 \text{ base } 2"], ["1101_3", "13", "1011_2"]),
     (r"\text{(C)}", ["C", "(C)", r"\text{(C) Plane}", r"\textbf{C}"], ["D", "(CC)", "3"]),
@@ -140,6 +159,11 @@ def test_rule(grader: Grader, gold: str, right: list[str], wrong: list[str]) -> 
         ("[-13,3)", "[-13,3]"),
         (r"\mbox{Saturday}", ""),
         (r"1 - \frac{1}{e}", r"1 + \frac{1}{e}"),
+        ("3 = 4", "5 = 6"),
+        (r"20 \text{ miles}", r"20\%"),
+        ("y", "y'"),
+        ("x_2 = 4", "x_3 = 4"),
+        ("(1,234)", "1234"),
     ],
 )
 def test_false_positives_of_other_graders(grader: Grader, gold: str, answer: str) -> None:
