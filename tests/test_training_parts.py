@@ -119,12 +119,13 @@ def test_schedules_by_hand() -> None:
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     model = tiny_model("gemma2", tie_word_embeddings=False)
-    optimizer = make_optimizer(model, settings(optimizer="muon", weight_decay=0.1))
+    optimizer = make_optimizer(model, settings(optimizer="muon", weight_decay=0.1, adam_beta1=0.8))
     assert isinstance(optimizer, JointOptimizer)
     muon, adamw = ({id(p) for g in part.param_groups for p in g["params"]} for part in optimizer.parts)
     for name, parameter in model.named_parameters():
         is_hidden = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
         assert (id(parameter) in muon, id(parameter) in adamw) == (is_hidden, not is_hidden), name
+    assert optimizer.parts[1].defaults["betas"] == (0.8, 0.999)
     norms = [g for g in optimizer.param_groups if any(p.ndim < 2 for p in g["params"])]
     assert [g["weight_decay"] for g in norms] == [0.0]
 

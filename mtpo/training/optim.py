@@ -95,6 +95,6 @@ def _adamw(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> Ad
     return AdamW(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
-        betas=settings.adam_betas,
+        betas=(settings.adam_beta1, settings.adam_beta2),
         fused=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mtpo.batches import Mask
@@ -31,44 +31,59 @@ class TrainingSettings:
         InputError: a value is out of range, or is set although the method does not use it.
     """
 
-    method: str
-    """A key of `METHODS`."""
-    learning_rate: float
-    beta: float | None = None
-    """Scale of the log-ratios inside the loss; the multi-turn papers call it eta."""
-    tau: float | None = None
-    """Temperature of ipo."""
-    label_smoothing: float | None = None
-    """Assumed share of pairs whose label is wrong."""
-    nll_coef: float | None = None
-    """Weight of the negative log-likelihood per token of the chosen trajectory."""
-    lambda_pos: float | None = None
-    """Weight of desirable trajectories in kto."""
-    lambda_neg: float | None = None
-    """Weight of undesirable trajectories in kto."""
-    mask: Mask = "action"
-    """What is trained: only what the model sampled, or ("none") everything after the prompt."""
-    optimizer: Optimizer = "adamw"
-    """muon updates the hidden matrices with torch.optim.Muon and the rest with AdamW."""
-    lr_schedule: Schedule = "cosine"
-    final_lr_ratio: float = 0.0
-    """Where cosine and linear end, as a share of the learning rate."""
-    warmup_steps: int = 0
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    """On matrices only."""
-    max_grad_norm: float = 1.0
-    batch_size: int = 32
-    """Rows per optimiser step, over all devices; a pair is one row."""
-    micro_batch_size: int | None = None
-    """Rows per forward pass on one device; the whole batch by default. Results do not depend on it."""
-    epochs: int = 1
-    max_length: int | None = None
-    """Rows with a longer trajectory are dropped; the model's context by default."""
-    gradient_checkpointing: bool = False
-    num_checkpoints: int = 0
-    """Evenly spaced over the run, before the final model; a run resumes from the last one."""
-    seed: int = 0
+    method: str = field(metadata={"help": f"one of {', '.join(METHODS)}"})
+    learning_rate: float = field(metadata={"help": "peak of the schedule"})
+    beta: float | None = field(
+        default=None, metadata={"help": "scale of log-ratios in the loss (eta in the multi-turn papers)"}
+    )
+    tau: float | None = field(default=None, metadata={"help": "temperature of ipo"})
+    label_smoothing: float | None = field(
+        default=None, metadata={"help": "assumed share of pairs with the wrong label"}
+    )
+    nll_coef: float | None = field(
+        default=None, metadata={"help": "weight of the chosen trajectory's negative log-likelihood per token"}
+    )
+    lambda_pos: float | None = field(
+        default=None, metadata={"help": "weight of desirable trajectories in kto"}
+    )
+    lambda_neg: float | None = field(
+        default=None, metadata={"help": "weight of undesirable trajectories in kto"}
+    )
+    mask: Mask = field(
+        default="action",
+        metadata={"help": "train only what the model sampled, or (none) all that follows the prompt"},
+    )
+    optimizer: Optimizer = field(
+        default="adamw", metadata={"help": "muon: torch.optim.Muon for hidden matrices, AdamW for the rest"}
+    )
+    lr_schedule: Schedule = field(default="cosine", metadata={"help": "what follows the warm-up"})
+    final_lr_ratio: float = field(
+        default=0.0, metadata={"help": "where cosine and linear end, as a share of the learning rate"}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first momentum"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second momentum"})
+    weight_decay: float = field(default=0.0, metadata={"help": "on matrices only"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    batch_size: int = field(
+        default=32, metadata={"help": "rows a step over all devices and micro-batches; a pair is one row"}
+    )
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "rows a forward pass on one device: memory, not results; by default all of them"},
+    )
+    epochs: int = field(default=1, metadata={"help": "how often every row is drawn"})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "longer rows are dropped; by default those beyond the model's context"},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute activations twice, to keep fewer"}
+    )
+    num_checkpoints: int = field(
+        default=0, metadata={"help": "models to save on the way; a run resumes from the last one"}
+    )
+    seed: int = field(default=0, metadata={"help": "fixes the order of rows and KTO's partners"})
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -102,8 +117,9 @@ class TrainingSettings:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if not 0 <= self.final_lr_ratio <= 1:
-            raise InputError(f"final_lr_ratio is {self.final_lr_ratio}, expected 0 to 1")
+        for name in ("final_lr_ratio", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         if self.lr_schedule == "constant" and self.final_lr_ratio:
             raise InputError("final_lr_ratio has no effect on the constant schedule")
 
@@ -114,8 +130,6 @@ class TrainingSettings:
     @property
     def options(self) -> Options:
         """The method's options, defaults filled in."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: default if given[name] is None else given[name]
-            for name, default in self.recipe.defaults.items()
-        }
+        defaults = self.recipe.defaults
+        given = {option: getattr(self, option) for option in defaults}
+        return {option: defaults[option] if value is None else value for option, value in given.items()}
