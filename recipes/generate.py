@@ -1,0 +1,238 @@
+"""Sample trajectories of a model that works with a code interpreter.
+
+    python -m recipes.generate --model google/gemma-2-2b-it --problems gsm8k:train --samples 8 --out runs/train
+
+OUT/problems.jsonl holds the problems, OUT/trajectories/ the journal: one checksummed line a trajectory, written
+as soon as it is finished. After a crash, the same command with --resume samples what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.problems import load_problems, write_problems
+from data.trajectories import Journal, read_trajectories
+from mtpo.chat import ChatFormat
+from mtpo.cli import run_recipe
+from mtpo.errors import InputError
+from mtpo.models import load_model, load_tokenizer
+from mtpo.rollout import Decoding, Engine, RolloutLimits, rollout
+from mtpo.runs import RunFolder
+from mtpo.trajectory import Problem, Trajectory
+from sandbox import InterpreterPool, Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How trajectories are sampled, whatever they are sampled for."""
+
+    samples: int = field(default=8, metadata={"help": "trajectories per problem"})
+    temperature: float = field(default=1.0, metadata={"help": "0 takes the most likely token"})
+    top_p: float = field(
+        default=1.0, metadata={"help": "keep the most likely tokens of this total probability"}
+    )
+    top_k: int = field(default=0, metadata={"help": "keep this many most likely tokens; 0 keeps all"})
+    min_p: float = field(default=0.0, metadata={"help": "drop tokens below this share of the likeliest one"})
+    max_turns: int = field(default=6, metadata={"help": "model turns of one trajectory"})
+    max_turn_tokens: int = field(default=512, metadata={"help": "sampled tokens of one turn"})
+    max_tokens: int | None = field(default=None, metadata={"help": "sampled tokens of one trajectory"})
+    tool_timeout_s: float = field(default=5.0, metadata={"help": "seconds that one code block may run"})
+    memory_mb: int = field(default=512, metadata={"help": "memory of one interpreter, beyond the preloaded"})
+    preload: list[str] = field(
+        default_factory=lambda: ["numpy", "sympy"],
+        metadata={
+            "help": "modules that interpreters have imported before they start; what code imports is free"
+        },
+    )
+    kernels: int = field(default=16, metadata={"help": "interpreters alive at once"})
+    max_in_flight: int = field(default=64, metadata={"help": "trajectories under way at once"})
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_turns", "max_turn_tokens", "kernels", "max_in_flight"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("temperature", "top_k", "min_p"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.tool_timeout_s <= 0:
+            raise InputError(f"--tool_timeout_s must be positive, got {self.tool_timeout_s}")
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.temperature, self.top_p, self.top_k, self.min_p)
+
+    @property
+    def limits(self) -> RolloutLimits:
+        return RolloutLimits(self.max_turns, self.max_turn_tokens, self.max_tokens, self.tool_timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SamplingOptions):
+    """Sample trajectories of a model that works with a code interpreter."""
+
+    model: str = field(metadata={"help": "model name or folder"})
+    problems: str = field(
+        metadata={"help": "gsm8k:train, math:test, math500, generated:train, FILE.jsonl, HUB:SPLIT"}
+    )
+    out: str = field(metadata={"help": "run folder"})
+    limit: int | None = field(default=None, metadata={"help": "first problems only"})
+    first_sample: int = field(default=0, metadata={"help": "index of the first sample of each problem"})
+    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 to halve the memory"})
+    attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
+    seed: int = field(default=0, metadata={"help": "fixes every draw"})
+    resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
+
+
+SPEED_ONLY = frozenset({"kernels", "max_in_flight", "preload"})
+"""Options that change no trajectory, so that a run may be resumed with others."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_recipe(Config, generate, "recipes.generate", argv)
+
+
+def generate(config: Config) -> str:
+    problems = load_problems(config.problems, config.limit, strict=False)
+    model, chat = load_policy(config.model, config.dtype, config.attention)
+    folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
+    tally = sample_into(
+        folder.path,
+        model,
+        chat,
+        problems,
+        config,
+        seed=config.seed,
+        policy=config.model,
+        first_sample=config.first_sample,
+    )
+    folder.finish(tally)
+    return f"{tally['trajectories']} trajectories on {len(problems)} problems in {folder.path}: {tally['stop_reasons']}"
+
+
+def load_policy(
+    name_or_path: str | Path, dtype: str = "float32", attention: str | None = None
+) -> tuple[Any, ChatFormat]:
+    """A model on the best device that there is, and the chat format of its tokenizer."""
+    chat = ChatFormat.for_tokenizer(load_tokenizer(name_or_path))
+    model = load_model(name_or_path, dtype=dtype, attention=attention)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), chat  # pyright: ignore[reportArgumentType]
+
+
+def sample_into(
+    folder: Path,
+    model: Any,
+    chat: ChatFormat,
+    problems: Sequence[Problem],
+    options: SamplingOptions,
+    *,
+    seed: int,
+    policy: str,
+    iteration: int = 0,
+    samples: int | None = None,
+    first_sample: int = 0,
+    label: str = "trajectories",
+) -> dict[str, Any]:
+    """Sample what `folder` lacks of `samples` trajectories of each problem, in this process.
+
+    Returns:
+        Counts over all that the folder then holds: trajectories, stop reasons, tool calls, tokens sampled.
+    """
+    from mtpo.engines.transformers import TransformersEngine
+
+    samples = options.samples if samples is None else samples
+    write_problems(folder / "problems.jsonl", problems)
+    with Journal(folder / "trajectories") as journal:
+        wanted = {(p.id, s) for p in problems for s in range(first_sample, first_sample + samples)}
+        missing = len(wanted - journal.done())
+        if missing:
+            engine = TransformersEngine(model, max_rows=options.max_in_flight + options.max_in_flight // 2)
+            progress = _Progress(missing, label)
+            work = _sample(
+                engine, chat, problems, journal, options, progress,
+                seed=seed, policy=policy, iteration=iteration, samples=samples, first_sample=first_sample,
+            )  # fmt: skip
+            with progress:
+                asyncio.run(work)
+    return tally(read_trajectories(folder / "trajectories"))
+
+
+async def _sample(
+    engine: Engine,
+    chat: ChatFormat,
+    problems: Sequence[Problem],
+    journal: Journal,
+    options: SamplingOptions,
+    progress: _Progress,
+    **names: Any,
+) -> None:
+    limits = Limits(memory_mb=options.memory_mb)
+    try:
+        async with InterpreterPool(limits, size=options.kernels, preload=tuple(options.preload)) as pool:
+            trajectories = rollout(
+                engine,
+                pool,
+                chat,
+                problems,
+                decoding=options.decoding,
+                limits=options.limits,
+                skip=journal.done(),
+                max_in_flight=options.max_in_flight,
+                **names,
+            )
+            async with contextlib.aclosing(trajectories):
+                async for trajectory in trajectories:
+                    journal.append(trajectory)
+                    progress.add(trajectory)
+    finally:
+        await engine.aclose()
+
+
+class _Progress:
+    """A bar that appears after two seconds: trajectories, tokens and tool calls a second, faults, time left."""
+
+    def __init__(self, total: int, label: str) -> None:
+        self._bar = tqdm(total=total, desc=label, unit="traj", delay=2, smoothing=0.1)
+        self._started = time.monotonic()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, trajectory: Trajectory) -> None:
+        self._counts["tokens"] += trajectory.num_action_tokens
+        self._counts["calls"] += len(trajectory.executions)
+        self._counts["faults"] += trajectory.fault is not None
+        seconds = max(time.monotonic() - self._started, 1e-6)
+        rates = {f"{name}/s": f"{self._counts[name] / seconds:.0f}" for name in ("tokens", "calls")}
+        self._bar.set_postfix(rates | {"faults": self._counts["faults"]}, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+def tally(trajectories: Any) -> dict[str, Any]:
+    """Counts over trajectories, for a summary."""
+    reasons: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    for trajectory in trajectories:
+        reasons[trajectory.stop_reason.value] += 1
+        sums["tool_calls"] += len(trajectory.executions)
+        sums["sampled_tokens"] += trajectory.num_action_tokens
+    return {"trajectories": sum(reasons.values()), "stop_reasons": dict(sorted(reasons.items())), **sums}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

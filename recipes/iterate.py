@@ -1,0 +1,328 @@
+"""Iterated multi-turn preference learning: sample, grade, label, train, select, and again from the better policy.
+
+    python -m recipes.iterate --config recipes/configs/gemma-2-2b-it.yaml --out runs/iterate
+
+The loop of arXiv 2409.02392, Algorithm 1, with disjoint prompts and the data of one iteration at a time.
+
+    OUT/iteration_1/current/     trajectories of the policy; previous/ holds those of the policy before it
+    OUT/iteration_1/labels/      grades and training rows
+    OUT/iteration_1/train/       checkpoints and metrics.jsonl
+    OUT/iteration_1/dev/NAME/    greedy evaluation of each checkpoint; selected.json names the best
+    OUT/test/NAME/               evaluation of every iteration's policy, after the last training step
+
+Every part resumes where it was: after a crash, run the same command with --resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data.problems import assert_disjoint, drop_shared, load_problems
+from data.trajectories import read_trajectories
+from eval.metrics import PairedTest
+from eval.stages import Stage, stages_table
+from mtpo.batches import read_rows
+from mtpo.cli import run_recipe
+from mtpo.errors import InputError
+from mtpo.runs import RunFolder, read_json, write_json
+from mtpo.training import TrainingSettings, train
+from mtpo.trajectory import Problem
+from recipes import train as train_recipe
+from recipes.evaluate import compare, evaluate_into, read_correct
+from recipes.generate import SPEED_ONLY, SamplingOptions, load_policy, sample_into
+from recipes.label import Graded, grade_trajectories, write_rows
+from recipes.train import KINDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(SamplingOptions, TrainingSettings):
+    """Sampling, training, and how often both happen."""
+
+    iterations: int = field(default=3, metadata={"help": "rounds of sampling and training"})
+    prompts: int = field(
+        default=20_000, metadata={"help": "training problems of one iteration, never used twice"}
+    )
+    samples: int = field(default=20, metadata={"help": "trajectories per problem from the current policy"})
+    previous_samples: int = field(default=10, metadata={"help": "further ones from the policy before it"})
+    per_problem: int = field(default=1, metadata={"help": "pairs of a problem; for kto labels of each class"})
+    reference: Literal["last", "fixed"] = field(
+        default="last", metadata={"help": "reference policy: that of the last iteration, or always the first"}
+    )
+    test_samples: int = field(
+        default=1, metadata={"help": "samples per test problem at temperature 1; 0 for none"}
+    )
+    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 to halve the memory"})
+    attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
+    seed: int = field(default=0, metadata={"help": "fixes every draw"})
+
+    def __post_init__(self) -> None:
+        SamplingOptions.__post_init__(self)
+        TrainingSettings.__post_init__(self)
+        for name, least in (("iterations", 1), ("prompts", 1), ("per_problem", 1), ("previous_samples", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(LoopOptions):
+    """Iterated multi-turn preference learning."""
+
+    model: str = field(metadata={"help": "policy to start from, after supervised training"})
+    problems: str = field(metadata={"help": "training problems, as in recipes.generate"})
+    dev: str = field(metadata={"help": "problems for choosing checkpoints"})
+    test: str = field(metadata={"help": "problems for the final evaluation, used once"})
+    out: str = field(metadata={"help": "run folder"})
+    previous: str | None = field(
+        default=None, metadata={"help": "earlier checkpoint to sample from in iteration 1"}
+    )
+    dev_limit: int | None = field(default=500, metadata={"help": "dev problems to use"})
+    test_limit: int | None = field(default=None, metadata={"help": "test problems to use; all by default"})
+    resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The three problem sets of a run; no question is in two of them."""
+
+    train: Sequence[Problem]
+    dev: Sequence[Problem]
+    test: Sequence[Problem]
+
+    def __post_init__(self) -> None:
+        assert_disjoint(("train", self.train), ("dev", self.dev), ("test", self.test))
+
+    def part(self, iteration: int, size: int) -> Sequence[Problem]:
+        """The training problems of one iteration, counted from 1."""
+        return self.train[(iteration - 1) * size : iteration * size]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_recipe(Config, iterate, "recipes.iterate", argv)
+
+
+def iterate(config: Config) -> str:
+    sets = load_sets(config)
+    folder = RunFolder.open(
+        config.out, config, resume=config.resume, may_change=SPEED_ONLY | train_recipe.SPEED_ONLY
+    )
+    policies = run_loop(folder.path, config.model, sets, config, previous=config.previous)
+    stages, test = run_tests(folder.path, policies, sets.test, config)
+    print(stages_table(stages, test))
+    folder.finish({"stages": [s.to_json() for s in stages], "paired": dataclasses.asdict(test)})
+    return f"{config.iterations} iterations in {folder.path}; the last policy is {policies[-1].model}"
+
+
+def load_sets(config: Config) -> Sets:
+    """
+    Raises:
+        InputError: a set cannot be loaded, dev and test share a question, or the training problems, less those
+            that are in dev or test, are too few for the iterations.
+    """
+    dev = load_problems(config.dev, config.dev_limit, strict=False)
+    test = load_problems(config.test, config.test_limit, strict=False)
+    needed = config.iterations * config.prompts
+    limit = needed + len(dev) + len(test) if config.problems.startswith("generated:") else None
+    problems = drop_shared(load_problems(config.problems, limit, strict=False), [*dev, *test])
+    if len(problems) < needed:
+        raise InputError(
+            f"--problems {config.problems}: {config.iterations} iterations of {config.prompts} prompts need {needed} "
+            f"problems that are not in dev or test, but there are {len(problems)}"
+        )
+    return Sets(problems[:needed], dev, test)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model of the loop."""
+
+    name: str
+    model: str
+    """Name or folder."""
+    training: dict[str, float] = field(default_factory=dict)
+    """Means over the second half of the steps that made it."""
+
+
+def run_loop(
+    folder: Path,
+    model: str,
+    sets: Sets,
+    options: LoopOptions,
+    *,
+    previous: str | None = None,
+    name: str = "start",
+) -> list[Policy]:
+    """Run, or go on with, all iterations. Returns the first policy and that of every iteration."""
+    policies = [Policy(name, model)]
+    for iteration in range(1, options.iterations + 1):
+        before = policies[-2].model if len(policies) > 1 else previous
+        current = policies[-1].model
+        reference = current if options.reference == "last" else model
+        part = sets.part(iteration, options.prompts)
+        policies.append(
+            run_iteration(
+                folder / f"iteration_{iteration}",
+                iteration,
+                current,
+                before,
+                reference,
+                part,
+                sets.dev,
+                options,
+            )
+        )
+    return policies
+
+
+def run_iteration(
+    folder: Path,
+    iteration: int,
+    current: str,
+    previous: str | None,
+    reference: str,
+    prompts: Sequence[Problem],
+    dev: Sequence[Problem],
+    options: LoopOptions,
+) -> Policy:
+    """Sample from `current` (and `previous`), label, train against `reference`, and choose a checkpoint on `dev`."""
+    selected = folder / "selected.json"
+    if not selected.exists():
+        sampled = sample_policies(folder, iteration, current, previous, prompts, options)
+        write_rows(
+            folder / "labels",
+            sampled,
+            KINDS[options.recipe.rows],
+            per_problem=options.per_problem,
+            seed=options.seed,
+            max_tokens=options.max_length,
+        )
+        train_policy(folder, current, reference, options)
+        accuracies = select_on(dev, folder, options)
+        best = max(accuracies, key=lambda name: (accuracies[name], name == "model"))
+        write_json(selected, {"model": str(folder / "train" / best), "checkpoint": best, "dev": accuracies})
+    return Policy(
+        f"iteration {iteration}",
+        read_json(selected)["model"],
+        _last_steps(folder / "train" / "metrics.jsonl"),
+    )
+
+
+def sample_policies(
+    folder: Path,
+    iteration: int,
+    current: str,
+    previous: str | None,
+    prompts: Sequence[Problem],
+    options: LoopOptions,
+) -> Graded:
+    """Trajectories of both policies on the same prompts, graded."""
+    graded: Graded = []
+    sources = [("current", current, options.samples, 0)]
+    if previous is not None and options.previous_samples:
+        sources.append(("previous", previous, options.previous_samples, options.samples))
+    for name, model_name, samples, first_sample in sources:
+        model, chat = load_policy(model_name, options.dtype, options.attention)
+        sample_into(
+            folder / name,
+            model,
+            chat,
+            prompts,
+            options,
+            seed=options.seed,
+            policy=model_name,
+            iteration=iteration,
+            samples=samples,
+            first_sample=first_sample,
+            label=f"iteration {iteration}, {name} policy",
+        )
+        graded += grade_trajectories(read_trajectories(folder / name / "trajectories"), prompts)
+    return graded
+
+
+def train_policy(folder: Path, current: str, reference: str, options: LoopOptions) -> None:
+    """Train from `current` on the rows of the iteration, unless that is done."""
+    out = folder / "train"
+    if (out / "model").exists():
+        return
+    model, chat = load_policy(current, options.dtype, options.attention)
+    needs_another = options.recipe.needs_reference and reference != current
+    train(
+        model,
+        read_rows(folder / "labels" / f"{KINDS[options.recipe.rows]}.jsonl"),
+        options,
+        out,
+        reference_model=load_policy(reference, options.dtype, options.attention)[0]
+        if needs_another
+        else None,
+        tokenizer=chat.tokenizer,
+        resume=True,
+    )
+
+
+def select_on(dev: Sequence[Problem], folder: Path, options: LoopOptions) -> dict[str, float]:
+    """Greedy accuracy on dev of every checkpoint and of the final model (`model`), by folder name."""
+    greedy = dataclasses.replace(options, temperature=0.0, samples=1)
+    accuracies = {}
+    for name in sorted(p.name for p in (folder / "train").iterdir() if (p / "config.json").exists()):
+        model, chat = load_policy(folder / "train" / name, options.dtype, options.attention)
+        result = evaluate_into(
+            folder / "dev" / name,
+            model,
+            chat,
+            dev,
+            greedy,
+            seed=options.seed,
+            policy=name,
+            label=f"dev, {name}",
+        )
+        accuracies[name] = result.accuracy.value
+    return accuracies
+
+
+def run_tests(
+    folder: Path, policies: Sequence[Policy], problems: Sequence[Problem], options: LoopOptions
+) -> tuple[list[Stage], PairedTest]:
+    """Evaluate every policy on the test problems; compare the last with the first on greedy answers."""
+    greedy = dataclasses.replace(options, temperature=0.0, samples=1)
+    sampled = dataclasses.replace(options, temperature=1.0, samples=max(1, options.test_samples))
+    stages, correct = [], []
+    for policy in policies:
+        model, chat = load_policy(policy.model, options.dtype, options.attention)
+        place = folder / "test" / policy.name.replace(" ", "_")
+        names: dict[str, Any] = {
+            "seed": options.seed,
+            "policy": policy.model,
+            "label": f"test, {policy.name}",
+        }
+        stages.append(
+            Stage(
+                policy.name,
+                policy.model,
+                evaluate_into(place / "greedy", model, chat, problems, greedy, **names),
+                evaluate_into(place / "sampled", model, chat, problems, sampled, **names)
+                if options.test_samples
+                else None,
+                policy.training,
+            )
+        )
+        correct.append(read_correct(place / "greedy"))
+    return stages, compare(correct[0], correct[-1])
+
+
+def _last_steps(path: Path) -> dict[str, float]:
+    """Mean of each figure over the second half of the steps in a metrics file."""
+    steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    half = steps[len(steps) // 2 :]
+    return {
+        key: sum(step[key] for step in half) / len(half)
+        for key, value in half[-1].items()
+        if isinstance(value, float) and all(key in step for step in half)
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
