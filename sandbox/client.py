@@ -13,14 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import zmq.asyncio
-from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.manager import AsyncKernelManager
 
 from mtpo.errors import SandboxError
 from sandbox.excerpt import Excerpt
 from sandbox.limits import Limits
 from sandbox.provisioner import ForkProvisioner, SandboxKernelSpecs
-from sandbox.server import ForkServer
+from sandbox.server import ForkServer, KernelProcess
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.CRITICAL)  # jupyter_client's words; what goes wrong is raised, and said by the pool
@@ -50,52 +49,34 @@ class CellResult:
 
 
 class Kernel:
-    """A kernel that is ready for cells."""
+    """A kernel that is ready for cells. Made by `start_kernel`."""
 
     def __init__(
-        self, manager: AsyncKernelManager, server: ForkServer, directory: Path, limits: Limits
+        self,
+        manager: AsyncKernelManager,
+        process: KernelProcess,
+        server: ForkServer,
+        directory: Path,
+        limits: Limits,
     ) -> None:
-        assert isinstance(manager.provisioner, ForkProvisioner)
         self._manager = manager
+        self._process = process
         self._server = server
-        self._provisioner = manager.provisioner
-        self._limits = limits
         self._own_path = str(directory / "work")
-        self._client: AsyncKernelClient | None = None
+        self._limits = limits
+        self._client = manager.client(context=manager.context)
 
-    @classmethod
-    async def start(
-        cls, server: ForkServer, context: zmq.asyncio.Context, directory: Path, limits: Limits
-    ) -> Kernel:
-        """Start a kernel in `directory`, which is made for it, and connect to it.
+    @property
+    def exited(self) -> asyncio.Future[int | None]:
+        """Done when the process has ended."""
+        return self._process.exited
+
+    async def connect(self) -> None:
+        """Wait until no output can be missed.
 
         Raises:
-            SandboxError: it did not start.
+            SandboxError: the kernel died first.
         """
-        (directory / "work").mkdir(parents=True, mode=0o700)
-        manager = AsyncKernelManager(
-            context=context,
-            transport="ipc",
-            ip=str(directory / "s"),
-            connection_file=str(directory / "connection.json"),
-            kernel_spec_manager=SPECS,
-            kernel_name="mtpo",
-            log=logger,
-        )
-        manager.provisioner = ForkProvisioner(server, directory, parent=manager)
-        kernel = cls(manager, server, directory, limits)
-        try:
-            await manager.start_kernel()
-            await kernel._connect()
-        except BaseException:
-            await asyncio.shield(kernel.shutdown())
-            raise
-        return kernel
-
-    async def _connect(self) -> None:
-        assert self._provisioner.process is not None
-        self.exited = self._provisioner.process.exited
-        self._client = self._manager.client(context=self._manager.context)
         self._client.start_channels(stdin=False, hb=False, control=False)
         welcome = asyncio.ensure_future(self._client.get_iopub_msg())
         try:
@@ -115,7 +96,7 @@ class Kernel:
         try:
             if not await self._settles(cell, timeout_s):
                 stopped_at = datetime.now(UTC)
-                await self._provisioner.send_signal(signal.SIGINT)
+                self._server.signal(self._process, signal.SIGINT)
                 if not await self._settles(cell, self._limits.interrupt_grace_s):
                     self.kill()
             if not cell.done():
@@ -135,15 +116,13 @@ class Kernel:
 
     def kill(self) -> None:
         """Kill the kernel and all that it started, without waiting for their end."""
-        if process := self._provisioner.process:
-            self._server.signal(process, signal.SIGKILL)
+        self._server.signal(self._process, signal.SIGKILL)
 
     async def shutdown(self) -> None:
         """End the kernel if it lives, and remove its files."""
         await self._manager.shutdown_kernel(now=True)
-        if self._client is not None:
-            self._client.shell_channel.stop()
-            self._client.iopub_channel.stop()
+        self._client.shell_channel.stop()
+        self._client.iopub_channel.stop()
 
     async def _settles(self, cell: asyncio.Future, timeout_s: float) -> bool:
         """Whether the cell, or the kernel, ends within the time."""
@@ -174,12 +153,42 @@ class Kernel:
                 case "status" if content["execution_state"] == "idle":
                     return has_error, began, date
 
-
     def _without_host_paths(self, text: str) -> str:
         """Say `.` for the session's directory, and the same names for Python's on every machine."""
         for path, name in {self._own_path: ".", **PYTHON_PATHS}.items():
             text = text.replace(path, name)
         return text
+
+
+async def start_kernel(
+    server: ForkServer, context: zmq.asyncio.Context, directory: Path, limits: Limits
+) -> Kernel:
+    """Start a kernel in `directory`, which is made for it, and connect to it.
+
+    Raises:
+        SandboxError: it did not start.
+    """
+    (directory / "work").mkdir(parents=True, mode=0o700)
+    manager = AsyncKernelManager(
+        context=context,
+        transport="ipc",
+        ip=str(directory / "s"),
+        connection_file=str(directory / "connection.json"),
+        kernel_spec_manager=SPECS,
+        kernel_name="mtpo",
+        log=logger,
+    )
+    manager.provisioner = provisioner = ForkProvisioner(server, directory, manager)
+    kernel = None
+    try:
+        await manager.start_kernel()
+        assert provisioner.process is not None
+        kernel = Kernel(manager, provisioner.process, server, directory, limits)
+        await kernel.connect()
+    except BaseException:
+        await asyncio.shield(manager.shutdown_kernel(now=True) if kernel is None else kernel.shutdown())
+        raise
+    return kernel
 
 
 def _encodable(code: str) -> str:

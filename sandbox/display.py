@@ -157,7 +157,7 @@ def describe_error(error: BaseException, trace: TracebackType | None, current_ce
     for frame, line in traceback.walk_tb(trace):
         if frame.f_code.co_filename.startswith("<cell "):
             place = frame.f_code.co_filename, line
-    if isinstance(error, SyntaxError) and (error.filename or "").startswith("<cell "):
+    if isinstance(error, SyntaxError) and error.filename and error.filename.startswith("<cell "):
         place = error.filename, error.lineno or 1
     message = _message(error)
     summary = f"{type(error).__name__}: {message}" if message else type(error).__name__

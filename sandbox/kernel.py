@@ -7,9 +7,6 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-sys.modules.setdefault("debugpy", None)  # type: ignore # nobody attaches a debugger here; importing it is slow
 
 import zmq
 from ipykernel.ipkernel import IPythonKernel
@@ -45,11 +42,13 @@ class ForkedKernelApp(IPKernelApp):
 
     def prepare(self, directory: Path, limits: Limits) -> None:
         """Make the kernel and its shell, which need neither a socket, a thread nor an event loop for that."""
+        sys.modules["debugpy"] = None  # type: ignore # nobody attaches a debugger; importing one takes 0.2 s
         self.profile_dir = ProfileDir.create_profile_dir(str(directory / "profile"))
         self.kernel = IPythonKernel.instance(
             parent=self, log=self.log, session=self.session, profile_dir=self.profile_dir
         )
         shape_output(self.kernel, limits.max_output_chars)
+        assert self.kernel.shell is not None
         self.kernel.shell.run_cell("None", silent=True)  # what the first cell imports and compiles
 
     def connect(self, connection_file: Path) -> None:

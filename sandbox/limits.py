@@ -29,7 +29,7 @@ class Limits:
     max_file_mb: int = 16
     """Size of the largest file, MiB. Beyond it: OSError."""
     max_open_files: int = 256
-    """File descriptors, about 20 of which are the kernel's own. Beyond it: OSError."""
+    """File descriptors; the kernel itself holds about 20, a stock one 50. Beyond it: OSError."""
     startup_timeout_s: float = 30.0
     """Wall seconds for one attempt to start a kernel."""
     interrupt_grace_s: float = 0.5

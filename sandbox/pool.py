@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from mtpo.errors import InputError, SandboxError
 from mtpo.trajectory import Execution
-from sandbox.client import Kernel
+from sandbox.client import Kernel, start_kernel
 from sandbox.limits import Limits
 from sandbox.provisioner import remove_tree
 from sandbox.server import ForkServer
@@ -65,6 +65,7 @@ class InterpreterPool:
             if importlib.util.find_spec(name.partition(".")[0]) is None:
                 raise InputError(f"preload: there is no module {name!r}")
         self.limits = limits or Limits()
+        self.size = size
         self._kind = kernel
         self._preload = tuple(preload) if kernel == "zygote" else ()
         self._slots = asyncio.Semaphore(size)
@@ -123,13 +124,14 @@ class InterpreterPool:
         Raises:
             SandboxError: none would start, also when tried again; or the pool is not open.
         """
+        failure = ""
         async with self._starts:
             for attempt in range(1, START_ATTEMPTS + 1):
                 self._check_open()
                 directory = self._directory / str(next(self._numbers))
                 try:
                     async with asyncio.timeout(self.limits.startup_timeout_s):
-                        return await Kernel.start(self._server, self._context, directory, self.limits)
+                        return await start_kernel(self._server, self._context, directory, self.limits)
                 except TimeoutError:
                     failure = f"not ready after {self.limits.startup_timeout_s:g} s"
                 except (SandboxError, OSError) as error:

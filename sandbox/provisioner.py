@@ -11,7 +11,8 @@ from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.provisioning import KernelProvisionerBase
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
 from sandbox.server import STOP_TIMEOUT_S, ForkServer, KernelProcess
 
@@ -23,10 +24,12 @@ class ForkProvisioner(KernelProvisionerBase):
         server: the fork server.
         directory: of this kernel alone: its sockets, its connection file, its working directory. Removed
             with the kernel.
+        manager: the manager that it works for.
     """
 
-    def __init__(self, server: ForkServer, directory: Path, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, server: ForkServer, directory: Path, manager: AsyncKernelManager) -> None:
+        super().__init__(parent=manager)
+        self._manager = manager
         self._server = server
         self._directory = directory
         self.process: KernelProcess | None = None
@@ -64,7 +67,7 @@ class ForkProvisioner(KernelProvisionerBase):
         await self.send_signal(signal.SIGTERM)
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
-        self.parent.write_connection_file()
+        self._manager.write_connection_file()
         return {"cmd": []}  # neither a command nor an environment: the fork server has its own
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
@@ -74,7 +77,8 @@ class ForkProvisioner(KernelProvisionerBase):
             SandboxError: it did not start.
         """
         self.process = await self._server.launch(self._directory)
-        return self.parent.get_connection_info()
+        await self.process.listening
+        return self._manager.get_connection_info()
 
     async def cleanup(self, restart: bool = False) -> None:
         if not restart:

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import json
 import os
-import signal
 import socket
 import subprocess
 from dataclasses import dataclass, field
@@ -27,7 +26,9 @@ class KernelProcess:
     """A kernel that the fork server owns."""
 
     id: int
-    listening: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    listening: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
     """Done when its sockets are bound; a SandboxError when it failed before."""
     exited: asyncio.Future[int | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -84,21 +85,16 @@ class ForkServer:
         return self._ready
 
     async def launch(self, directory: Path) -> KernelProcess:
-        """A new kernel, listening on the sockets that `directory/connection.json` names.
+        """Start a kernel whose sockets `directory/connection.json` names; `listening` says when they work.
 
         Raises:
-            SandboxError: it, or the fork server itself, would not start.
+            SandboxError: the fork server itself would not start.
         """
         await asyncio.shield(self.start())
         process = KernelProcess(next(self._ids))
         process.listening.add_done_callback(_retrieve)
         self._kernels[process.id] = process
         self._request({"start": process.id, "directory": str(directory)})
-        try:
-            await process.listening
-        except BaseException:
-            self.signal(process, signal.SIGKILL)
-            raise
         return process
 
     def signal(self, process: KernelProcess, signum: int) -> None:

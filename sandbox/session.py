@@ -76,7 +76,10 @@ class Session:
 
         Raises:
             SandboxError: a cell does not do again what it did, so the state cannot be had a second time.
+            InputError: the pool has room for one kernel only, which this session holds.
         """
+        if self._pool.size < 2:
+            raise InputError(f"fork() needs a pool of size 2 or more, got size {self._pool.size}")
         async with self._lock:
             self._forget_dead_kernel()
             twin = self._pool.session()

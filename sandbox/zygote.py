@@ -12,6 +12,7 @@ Events: {"event": "ready" | "listening" | "failed" | "exited", "id", "error", "c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib
 import json
@@ -38,10 +39,6 @@ BOOT = f"import sys; sys.path.insert(0, {ROOT!r}); from sandbox.zygote import {{
 def command(entry: str, *args: str) -> list[str]:
     """The command line that runs function `entry` of this module in a fresh interpreter."""
     return [*PYTHON, BOOT.format(entry, entry), *args]
-
-
-class OwnerGone(Exception):
-    """There is nobody left to serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +77,24 @@ class Zygote:
             self._app.prepare(directory, self._limits)
         num_threads = len(os.listdir("/proc/self/task"))
         if num_threads != 1:
-            raise RuntimeError(f"preloading {preload} started {num_threads - 1} threads: forks would be broken")
+            raise RuntimeError(
+                f"preloading {preload} started {num_threads - 1} threads: forks would be broken"
+            )
         gc.collect()
         gc.freeze()  # so that collections in the children do not touch, and copy, the shared pages
 
-    def serve(self) -> NoReturn:
-        """Answer requests.
-
-        Raises:
-            OwnerGone: the pool has closed its end, or died.
-        """
+    def serve(self) -> None:
+        """Answer requests until the pool has closed its end, or died."""
         self._send(event="ready")
         self._selector.register(self._control, selectors.EVENT_READ)
         while True:
             for key, _ in self._selector.select():
                 if key.data is not None:
                     self._bury(key.data)
-                elif packet := self._control.recv(MAX_PACKET_BYTES):
+                elif packet := self._receive():
                     self._answer(json.loads(packet))
                 else:
-                    raise OwnerGone
+                    return
 
     def kill_all(self) -> None:
         for child in self._children.values():
@@ -114,7 +109,11 @@ class Zygote:
 
     def _fork(self, child_id: int, directory: Path) -> None:
         parent_pid = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # out of memory or processes: the kernels that run are none the worse
+            self._send(event="failed", id=child_id, error=str(error))
+            return self._send(event="exited", id=child_id, code=1)
         if pid == 0:
             self._become_kernel(child_id, directory, parent_pid)
         child = Child(child_id, pid, os.pidfd_open(pid))
@@ -129,11 +128,18 @@ class Zygote:
             enter(directory / "work", parent_pid, keep_fd=fd)
             if self._is_stock:
                 os.set_inheritable(fd, True)
-                config = {"id": child_id, "fd": fd, "directory": str(directory), "limits": as_json(self._limits)}
+                config = {
+                    "id": child_id,
+                    "fd": fd,
+                    "directory": str(directory),
+                    "limits": dataclasses.asdict(self._limits),
+                }
                 os.execv(sys.executable, command("run_stock", json.dumps(config)))
             from sandbox.kernel import run_forked
 
-            run_forked(self._app, directory / "connection.json", self._limits, reporter(self._control, child_id))
+            run_forked(
+                self._app, directory / "connection.json", self._limits, reporter(self._control, child_id)
+            )
         except BaseException:
             send(self._control, event="failed", id=child_id, error=traceback.format_exc()[-1000:])
         finally:
@@ -148,15 +154,15 @@ class Zygote:
         del self._children[child.id]
         self._send(event="exited", id=child.id, code=os.waitstatus_to_exitcode(status))
 
+    def _receive(self) -> bytes:
+        try:
+            return self._control.recv(MAX_PACKET_BYTES)
+        except ConnectionResetError:  # the owner died with mail unread
+            return b""
+
     def _send(self, **event: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # the owner is gone: the next recv says so
             send(self._control, **event)
-
-
-def as_json(limits: Limits) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(limits)
 
 
 def send(control: socket.socket, **event: Any) -> None:
@@ -187,21 +193,17 @@ def run_stock() -> None:
 def main() -> None:
     """Entry point of the fork server; its one argument is a JSON object."""
     config = json.loads(sys.argv[1])
-    signal.signal(signal.SIGTERM, _owner_is_gone)
-    die_with(config["parent_pid"], signal.SIGTERM)
     control = socket.socket(fileno=config["fd"])
+    # Two signs of one event: the socket is closed, and if the owner has forked, so that it is not, the signal.
+    signal.signal(signal.SIGTERM, lambda *_: control.shutdown(socket.SHUT_RD))
+    die_with(config["parent_pid"], signal.SIGTERM)
     limits, directory = Limits(**config["limits"]), Path(config["directory"])
     zygote = Zygote(control, limits, is_stock=config["kernel"] == "ipykernel")
     try:
         zygote.prepare(directory, config["preload"])
         zygote.serve()
-    except OwnerGone:
         zygote.kill_all()
         shutil.rmtree(directory, ignore_errors=True)
     except Exception as error:
         zygote.kill_all()
         send(control, event="failed", id=None, error=f"{type(error).__name__}: {error}")
-
-
-def _owner_is_gone(*_: Any) -> NoReturn:
-    raise OwnerGone

@@ -1,0 +1,323 @@
+"""What a pool promises: its limits, its order, and that nothing outlives it."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mtpo.errors import InputError, SandboxError
+from sandbox import InterpreterPool, Limits
+from sandbox.pool import KernelKind
+
+ROOT = Path(__file__).resolve().parents[1]
+both_kernels = pytest.mark.parametrize("kernel", ["zygote", "ipykernel"])
+PID = "import os\nos.getpid()"
+
+
+@pytest.fixture
+def base(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory for temporary files, short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as directory:
+        monkeypatch.setattr(tempfile, "tempdir", directory)
+        yield Path(directory)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def wait_until_gone(pids: list[int], directory: Path | None = None, within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(map(is_alive, pids)) and (directory is None or not list(directory.iterdir())):
+            return
+        await asyncio.sleep(0.02)
+    alive = [pid for pid in pids if is_alive(pid)]
+    pytest.fail(f"left behind: processes {alive}, files {list(directory.iterdir()) if directory else []}")
+
+
+@both_kernels
+async def test_each_limit_holds(kernel: KernelKind) -> None:
+    limits = Limits(memory_mb=128, cpu_s=4, max_file_mb=1, max_open_files=100)
+    async with InterpreterPool(limits, kernel=kernel, preload=()) as pool, pool.session() as session:
+        small = (
+            "open('f', 'wb').write(b'0' * 2**20)\n[open('f') for _ in range(20)]\na = bytearray(60 * 2**20)"
+        )
+        assert (await session.execute(small, timeout_s=30)).status == "ok"
+        for code, error in (
+            ("b = bytearray(160 * 2**20)", "MemoryError"),
+            ("open('f', 'wb').write(b'0' * 2**21)", "OSError: [Errno 27] File too large"),
+            ("[open('f') for _ in range(100)]", "OSError: [Errno 24] Too many open files"),
+        ):
+            execution = await session.execute(code, timeout_s=30)
+            assert execution.status == "error"
+            assert execution.text.splitlines()[-1].startswith(error), execution.text
+        assert (await session.execute("import resource as r\nr.getrlimit(r.RLIMIT_CORE)")).text == "(0, 0)"
+        execution = await session.execute("while True: pass", timeout_s=60)
+        assert (execution.status, execution.seconds < 20) == ("died", True)
+        assert "too much CPU time" in execution.text
+
+
+async def test_startup_timeout_is_a_sandbox_error() -> None:
+    async with InterpreterPool(Limits(startup_timeout_s=0.001), preload=()) as pool:
+        with pytest.raises(
+            SandboxError, match=r"no kernel would start in 3 attempts: not ready after 0.001 s"
+        ):
+            await pool.session().execute("1")
+
+
+@pytest.mark.parametrize(("grace_s", "fate"), [(0.1, "gone"), (5.0, "kept")])
+async def test_interrupted_cell_has_the_grace_to_stop(grace_s: float, fate: str) -> None:
+    cell = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  time.sleep(0.7)"
+    async with InterpreterPool(Limits(interrupt_grace_s=grace_s), preload=()) as pool:
+        execution = await pool.session().execute(cell, timeout_s=0.2)
+    assert execution.status == "timeout"
+    assert execution.text.endswith(f"variables are {fate}]")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"memory_mb": 0},
+        {"memory_mb": 100.5},
+        {"cpu_s": True},
+        {"max_output_chars": 10},
+        {"max_file_mb": -1},
+        {"max_open_files": 3},
+        {"startup_timeout_s": 0},
+        {"startup_timeout_s": float("nan")},
+        {"interrupt_grace_s": "1"},
+        {"interrupt_grace_s": float("inf")},
+    ],
+)
+def test_impossible_limits_are_refused(values: dict) -> None:
+    [(name, value)] = values.items()
+    with pytest.raises(InputError, match=rf"{name} must be .*, got {value!r}"):
+        Limits(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be a positive integer, got 0"),
+        ({"kernel": "julia"}, "kernel must be one of .*, got 'julia'"),
+        ({"preload": ("no_such_module",)}, "there is no module 'no_such_module'"),
+    ],
+)
+def test_impossible_pools_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        InterpreterPool(**options)
+
+
+async def test_a_pool_runs_nothing_before_and_after() -> None:
+    pool = InterpreterPool(preload=())
+    with pytest.raises(SandboxError, match="not open"):
+        await pool.session().execute("1")
+    async with pool:
+        assert (await pool.session().execute("1")).text == "1"
+    with pytest.raises(SandboxError, match="not open"):
+        await pool.session().execute("1")
+
+
+async def test_preloaded_modules_are_there_already() -> None:
+    async with InterpreterPool(preload=("fractions",)) as pool:
+        execution = await pool.session().execute(
+            "import sys\n'fractions' in sys.modules, 'sympy' in sys.modules"
+        )
+    assert execution.text == "(True, False)"
+
+
+async def test_preload_that_starts_a_thread_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "threaded.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+    )
+    script = f"""
+        import sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
+        from pathlib import Path
+        from sandbox.limits import Limits
+        from sandbox.zygote import Zygote
+        try:
+            Zygote(None, Limits(), is_stock=False).prepare(Path({str(tmp_path)!r}), ["threaded"])
+        except RuntimeError as error:
+            print(error, file=sys.__stdout__)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    assert run.stdout.startswith("preloading ['threaded'] started 1 threads")
+
+
+@both_kernels
+async def test_secrets_of_the_owner_stay_outside(kernel: KernelKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    cell = "import os\nopen('/proc/self/environ').read() + repr(os.environ)"
+    async with InterpreterPool(kernel=kernel, preload=()) as pool:
+        text = (await pool.session().execute(cell)).text
+    assert "HOME" in text
+    assert "secret" not in text
+
+
+@both_kernels
+async def test_files_of_the_owner_stay_outside(kernel: KernelKind, tmp_path: Path) -> None:
+    cell = "import os\nfor fd in os.listdir('/proc/self/fd')[:-1]: print(os.readlink(f'/proc/self/fd/{fd}'))"
+    with open(tmp_path / "private", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        async with InterpreterPool(kernel=kernel, preload=()) as pool:
+            text = (await pool.session().execute(cell)).text
+    kinds = {link.partition(":")[0] for link in text.splitlines()[3:]}
+    assert text.splitlines()[:3] == ["/dev/null"] * 3
+    assert kinds <= {"socket", "anon_inode", "pipe"}
+
+
+@both_kernels
+async def test_more_sessions_than_kernels_wait_their_turn(kernel: KernelKind) -> None:
+    order: list[int] = []
+    alive = most = 0
+
+    async def run(index: int) -> None:
+        nonlocal alive, most
+        async with pool.session() as session:
+            await session.execute("1")
+            order.append(index)
+            alive += 1
+            most = max(most, alive)
+            await asyncio.sleep(0.05)
+            alive -= 1
+
+    async with InterpreterPool(size=2, kernel=kernel, preload=()) as pool:
+        await asyncio.gather(*map(run, range(6)))
+    assert most <= 2
+    assert sorted(order[:2]) + sorted(order[2:4]) + sorted(order[4:]) == list(range(6))
+
+
+async def test_a_session_without_code_costs_no_kernel() -> None:
+    async with InterpreterPool(size=1, preload=()) as pool, pool.session(), pool.session() as session:
+        assert (await session.execute("1")).text == "1"  # the only kernel is still free
+
+
+async def test_64_sessions_at_once() -> None:
+    async def run(index: int) -> list[str]:
+        async with pool.session() as session:
+            return [
+                (await session.execute(c, 60)).text for c in (f"x = {index}", "x += 1", "print(x)\nx * 2")
+            ]
+
+    async with InterpreterPool(size=64, preload=()) as pool:
+        results = await asyncio.gather(*map(run, range(64)))
+    assert results == [["[no output]", "[no output]", f"{i + 1}\n{2 * i + 2}"] for i in range(64)]
+
+
+@both_kernels
+async def test_an_exception_leaves_nothing_behind(kernel: KernelKind, base: Path) -> None:
+    pids: list[int] = []
+    running: asyncio.Future = asyncio.get_running_loop().create_future()
+    with pytest.raises(ZeroDivisionError):
+        async with InterpreterPool(kernel=kernel, preload=()) as pool:
+            sessions = [pool.session() for _ in range(2)]
+            pids += [int((await session.execute(PID)).text) for session in sessions]
+            running = asyncio.ensure_future(sessions[0].execute("while True: pass", timeout_s=60))
+            await asyncio.sleep(0.1)
+            raise ZeroDivisionError
+    with pytest.raises(SandboxError, match="closed"):
+        await running
+    await wait_until_gone(pids, base, within_s=0.1)
+
+
+async def test_waiting_sessions_are_released_when_the_pool_closes() -> None:
+    async with InterpreterPool(size=1, preload=()) as pool:
+        await pool.session().execute("1")
+        waiting = asyncio.ensure_future(pool.session().execute("2"))
+        await asyncio.sleep(0.05)
+    with pytest.raises(SandboxError, match="not open"):
+        await asyncio.wait_for(waiting, 5)
+
+
+async def test_cancelling_while_a_kernel_starts_leaves_nothing_behind(base: Path) -> None:
+    async with InterpreterPool(size=1, preload=()) as pool:
+        for delay_s in (0.0, 0.01, 0.02, 0.04, 0.08):
+            session = pool.session()
+            starting = asyncio.ensure_future(session.execute("1"))
+            await asyncio.sleep(delay_s)
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await session.close()
+        assert (await pool.session().execute("1")).text == "1"  # the slot was given back each time
+    await wait_until_gone([], base, within_s=0.1)
+
+
+@both_kernels
+async def test_nothing_outlives_a_killed_owner(kernel: KernelKind, base: Path) -> None:
+    script = f"""
+        import asyncio, sys, tempfile
+        sys.path.insert(0, {str(ROOT)!r})
+        tempfile.tempdir = {str(base)!r}
+        from sandbox import InterpreterPool
+
+        async def main():
+            async with InterpreterPool(kernel={kernel!r}, preload=()) as pool:
+                sessions = [pool.session(), pool.session()]
+                pids = [(await session.execute("import os\\nos.getpid()")).text for session in sessions]
+                print(pool._server._process.pid, *pids, flush=True)
+                await sessions[0].execute("while True: pass", timeout_s=600)
+
+        asyncio.run(main())
+    """
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", textwrap.dedent(script), stdout=subprocess.PIPE
+    )
+    assert owner.stdout is not None
+    pids = [int(pid) for pid in (await asyncio.wait_for(owner.stdout.readline(), 60)).split()]
+    assert len(pids) == 3 and all(map(is_alive, pids)) and len(list(base.iterdir())) == 1
+    owner.kill()
+    await owner.wait()
+    await wait_until_gone(pids, base)
+
+
+@both_kernels
+async def test_a_killed_fork_server_is_replaced(kernel: KernelKind) -> None:
+    async with InterpreterPool(kernel=kernel, preload=()) as pool, pool.session() as session:
+        pid = int((await session.execute("x = 1\n" + PID)).text)
+        running = asyncio.ensure_future(session.execute("while True: pass", timeout_s=60))
+        await asyncio.sleep(0.1)
+        assert pool._server._process is not None
+        os.kill(pool._server._process.pid, signal.SIGKILL)
+        execution = await asyncio.wait_for(running, 10)
+        assert execution.status == "died"
+        await wait_until_gone([pid])
+        assert (await session.execute("'x' in globals()")).text == "False"
+
+
+async def test_a_hung_fork_server_is_replaced() -> None:
+    async with InterpreterPool(Limits(startup_timeout_s=1.0), preload=()) as pool:
+        await pool.session().execute("1")
+        assert pool._server._process is not None
+        os.kill(pool._server._process.pid, signal.SIGSTOP)
+        assert (await asyncio.wait_for(pool.session().execute("2"), 30)).text == "2"
+
+
+async def test_a_long_temporary_directory_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("d" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    async with InterpreterPool(preload=()) as pool:
+        assert (await pool.session().execute("1")).text == "1"
+
+
+async def test_forking_needs_a_second_kernel() -> None:
+    async with InterpreterPool(size=1, preload=()) as pool, pool.session() as session:
+        await session.execute("1")
+        with pytest.raises(InputError, match="size"):
+            await session.fork()
