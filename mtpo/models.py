@@ -8,10 +8,12 @@ named when a model is loaded, and checked before a model is trained or sampled f
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -20,9 +22,6 @@ from mtpo.errors import GuardError, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """No float16: Gemma's activations overflow it."""
-
-SOFTCAP_IMPLEMENTATIONS = ("eager", "flex_attention", "flash_attention_2", "flash_attention_3")
-"""Attention implementations that apply the cap, or refuse to run where the installed kernel cannot."""
 
 TEXT_OF_MULTIMODAL = {r"^(model\.)?language_model\.(model\.)?": "model."}
 """Where a multimodal Gemma 3 checkpoint keeps the weights of its text model."""
@@ -78,7 +77,7 @@ def require_exact_attention(model: nn.Module) -> None:
     """
     config = unwrapped(model).config
     implementation = config.get_text_config()._attn_implementation
-    if _softcap(config) and implementation not in SOFTCAP_IMPLEMENTATIONS:
+    if _softcap(config) and not _applies_softcap(implementation):
         raise GuardError(
             f"attention implementation {implementation!r} drops the soft-cap of {_softcap(config)} that this "
             f"{config.model_type} model was trained with: load it with 'eager' or 'flex_attention'"
@@ -108,6 +107,16 @@ def fingerprint(model: nn.Module) -> str:
 
 def _softcap(config: Any) -> float | None:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def _applies_softcap(implementation: str) -> bool:
+    """transformers passes the cap to flash-attn only if that knows it, which it does since 2.6."""
+    if implementation == "flash_attention_2":
+        try:
+            return Version(importlib.metadata.version("flash_attn")) >= Version("2.6")
+        except importlib.metadata.PackageNotFoundError:
+            return False
+    return implementation in ("eager", "flex_attention")
 
 
 def _pretrained(auto_class: Any, name_or_path: str | Path, kind: str, **options: Any) -> Any:

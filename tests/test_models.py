@@ -66,6 +66,20 @@ def test_a_softcap_rules_out_sdpa() -> None:
         require_exact_attention(model)
 
 
+@pytest.mark.parametrize(("version", "is_exact"), [("2.5.9", False), ("2.6.0", True), ("2.10.1", True)])
+def test_flash_attention_is_exact_once_it_knows_the_softcap(
+    version: str, is_exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gemma2")
+    model.config._attn_implementation = "flash_attention_2"
+    monkeypatch.setattr("importlib.metadata.version", {"flash_attn": version}.__getitem__)
+    if is_exact:
+        require_exact_attention(model)
+    else:
+        with pytest.raises(GuardError):
+            require_exact_attention(model)
+
+
 def test_fingerprint_changes_with_one_bit_of_one_weight() -> None:
     model, same = tiny_model("llama"), tiny_model("llama")
     assert fingerprint(model) == fingerprint(same)
