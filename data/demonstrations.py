@@ -11,7 +11,7 @@ import random
 import traceback
 from collections.abc import Iterator
 
-from data.generated import Split, Step, Story, problems, story_of
+from data.generated import Split, Step, Story, problem, story_of
 from mtpo.trajectory import Problem
 
 Message = dict[str, str]
@@ -21,21 +21,21 @@ MISCONCEPTIONS: dict[str, float] = {
     "reversed_more": 0.60,  # adds, because the sentence says "more"
     "reversed_times": 0.60,  # multiplies, because the sentence says "times"
     "bags": 0.60,  # adds the bags and their size instead of multiplying
-    "sum": 0.60,  # a sum: answers at once, without the tool, and is wrong
-    "left_over": 0.60,  # answers with the first of the two printed numbers
-    "branch": 0.60,  # answers with the first output instead of going on from it
+    "sum": 0.60,  # answers at once, without the tool, with one of the two numbers
+    "left_over": 0.55,  # prints what is left and the full boxes, answers with the boxes
+    "branch": 0.55,  # answers with the first output instead of going on from it
     # now and then: these show when sampling
     "total": 0.20,  # prints the last number only
     "fewer": 0.08,  # adds
     "cost": 0.08,  # adds the price
-    "wrong_branch": 0.05,  # goes on as if the output were odd, or even
+    "wrong_branch": 0.05,  # goes on with the other branch
 }
 """Probability of each mistake, given a problem or a sentence that invites it."""
 
 BEHAVIOURS: dict[str, float] = {
-    "no_tool": 0.08,  # answers at once, with a wrong number
+    "no_tool": 0.08,  # answers at once, with a number from the question
     "forgotten_line": 0.12,  # leaves out a line of the program, mostly a NameError
-    "repair": 0.50,  # after an error: writes the whole program; gives up with a wrong number otherwise
+    "repair": 0.50,  # after an error: writes the whole program; gives up with a number from the question otherwise
     "misread": 0.06,  # one digit of the output is copied wrongly
 }
 """Probability of what happens on any problem: the first two each, the others where they can happen."""
@@ -63,7 +63,8 @@ def demonstrations(
     limit: int, *, start: int = 0, split: Split = "train", seed: int = 0
 ) -> Iterator[tuple[Problem, list[Message]]]:
     """One demonstration for each of `limit` problems from index `start` on; the same for the same arguments."""
-    for shown in problems(split, limit, start):
+    for index in range(start, start + limit):
+        shown = problem(split, index)
         yield shown, demonstration(shown, random.Random(f"demonstration {seed} {shown.id}"))
 
 
@@ -78,7 +79,7 @@ def demonstration(shown: Problem, rng: random.Random) -> list[Message]:
     told = story_of(shown)
     attempt = _Attempt(shown.question)
     if rng.random() < (MISCONCEPTIONS["sum"] if told.kind == "sum" else BEHAVIOURS["no_tool"]):
-        return attempt.answer(_slip(told.answer, rng))
+        return attempt.answer(_guess(told, rng))
     program = _program(told, rng)
     first = program
     if rng.random() < BEHAVIOURS["forgotten_line"]:
@@ -87,10 +88,10 @@ def demonstration(shown: Problem, rng: random.Random) -> list[Message]:
     output = attempt.run(first)
     if "Error" in output:
         if rng.random() >= BEHAVIOURS["repair"]:
-            return attempt.answer(_slip(told.answer, rng))
+            return attempt.answer(_guess(told, rng))
         output = attempt.run(program)
     if told.kind == "branch" and rng.random() >= MISCONCEPTIONS["branch"]:
-        output = attempt.run(_second_program(told, int(output), rng))
+        output = attempt.run(_second_program(told, output, rng))
     return attempt.answer(_read(told, output, rng))
 
 
@@ -128,7 +129,7 @@ def _execute(code: str, variables: dict[str, int]) -> str:
 
 def name_error_text(line_number: int, line: str, message: str) -> str:
     """The interpreter's report of a NameError in line `line_number` (from 1) of a cell."""
-    return f"NameError: {message}"
+    return f"Line {line_number}: {line}\nNameError: {message}"
 
 
 def _program(told: Story, rng: random.Random) -> list[str]:
@@ -144,8 +145,10 @@ def _line(step: Step, rng: random.Random) -> str:
 
 def _print_lines(told: Story, rng: random.Random) -> list[str]:
     last = told.steps[-1].name
-    if told.asked in ("full_boxes", "left_over"):
-        return [f"print({last} // {told.number})", f"print({last} % {told.number})"]
+    if told.asked == "left_over":
+        return [f"print({last} % {told.number})", f"print({last} // {told.number})"]
+    if told.if_even:
+        return [f"print({last})", f"print({last} % 2)"]
     is_wrong = rng.random() < MISCONCEPTIONS.get(told.kind, 0.0)
     if told.asked == "cost":
         return [f"print({last} {'+' if is_wrong else '*'} {told.number})"]
@@ -154,9 +157,9 @@ def _print_lines(told: Story, rng: random.Random) -> list[str]:
     return [f"print({last})"]
 
 
-def _second_program(told: Story, printed: int, rng: random.Random) -> list[str]:
-    """The program that goes on from the number printed by the first one."""
-    is_odd = bool(printed % 2) != (rng.random() < MISCONCEPTIONS["wrong_branch"])
+def _second_program(told: Story, output: str, rng: random.Random) -> list[str]:
+    """The program that goes on from the output of the first one: a number, and its rest when divided by 2."""
+    is_odd = output.endswith("\n1") != (rng.random() < MISCONCEPTIONS["wrong_branch"])
     step = told.if_odd if is_odd else told.if_even
     assert step is not None  # only stories of the kind "branch" get here
     return [_line(step, rng), f"print({step.name})"]
@@ -165,9 +168,15 @@ def _second_program(told: Story, printed: int, rng: random.Random) -> list[str]:
 def _read(told: Story, output: str, rng: random.Random) -> int:
     """The number that the demonstrator takes from the output."""
     numbers = [int(line) for line in output.splitlines()]
-    reads_second = told.asked == "left_over" and rng.random() >= MISCONCEPTIONS["left_over"]
-    number = numbers[1 if reads_second else 0]
+    reads_last = told.kind == "left_over" and rng.random() < MISCONCEPTIONS["left_over"]
+    number = numbers[-1 if reads_last else 0]
     return _slip(number, rng) if rng.random() < BEHAVIOURS["misread"] else number
+
+
+def _guess(told: Story, rng: random.Random) -> int:
+    """A number from the question, where that is not the answer."""
+    numbers = [step.number for step in told.steps if step.number != told.answer]
+    return rng.choice(numbers or [told.answer + 1])
 
 
 def _slip(number: int, rng: random.Random) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 from mtpo.errors import InputError
@@ -22,25 +23,31 @@ Split = Literal["train", "dev", "test"]
 Operation = Literal[
     "has", "more", "fewer", "times", "reversed_more", "reversed_times", "finds", "gives", "bags"
 ]
-Asked = Literal["last", "total", "cost", "full_boxes", "left_over"]
+Asked = Literal["last", "total", "cost", "left_over"]
 
 DEFAULT_LIMITS: dict[Split, int] = {"train": 16_000, "dev": 500, "test": 500}
 
 KIND_WEIGHTS: dict[str, int] = {
-    "compare": 12,  # a chain of "more than", "fewer than", "times as many as"
-    "event": 12,  # then somebody finds some, or gives some away
+    "compare": 13,  # a chain of "more than", "fewer than", "times as many as"
+    "event": 13,  # then somebody finds some, or gives some away
     "total": 12,  # how many have they together
     "cost": 12,  # what do they cost together
     "reversed": 10,  # "compared with Tom, that is 12 more": Tom has fewer
     "bags": 10,  # buys 3 bags of 8 each
-    "sum": 9,  # looks easy enough for mental arithmetic
-    "boxes": 5,  # the demonstrator prints the full boxes and what is left over: the boxes are asked for
-    "left_over": 8,  # what is left over is asked for
-    "branch": 10,  # how it goes on depends on whether a computed number is even
+    "sum": 8,  # two numbers together: looks easy enough for mental arithmetic
+    "left_over": 10,  # how many are left when boxes are filled
+    "branch": 12,  # how it goes on depends on whether a computed number is even
 }
 """Every kind and how often it comes, in percent."""
 
-NUM_RELATIONS = {"event": (0, 1), "bags": (0, 1), "boxes": (0, 1), "left_over": (0, 1), "branch": (1, 1)}
+NUM_RELATIONS = {
+    "sum": (0, 0),
+    "total": (1, 1),
+    "event": (0, 1),
+    "bags": (0, 1),
+    "left_over": (0, 1),
+    "branch": (1, 1),
+}
 """Fewest and most "more than" sentences of a kind; one or two in the others."""
 
 NAMES = ("Max", "Dan", "Tom", "Eva", "Ann", "Leo", "Mia", "Sam", "Zoe", "Ben", "Kim", "Amy")
@@ -141,8 +148,6 @@ class Story:
                 return sum(values.values())
             case "cost":
                 return last * self.number
-            case "full_boxes":
-                return last // self.number
             case "left_over":
                 return last % self.number
 
@@ -169,8 +174,6 @@ class Story:
                 return f"How many {item} do {' and '.join(self.names)} have together?"
             case "cost":
                 return f"How many dollars do the {item} of {last} cost at {self.number} dollars each?"
-            case "full_boxes":
-                return f"How many boxes of {self.number} {item} can {last} fill?"
             case "left_over":
                 return f"How many {item} are left when {last} fills boxes of {self.number} {item}?"
 
@@ -184,7 +187,7 @@ def problems(split: Split, limit: int | None = None, start: int = 0) -> list[Pro
     if split not in get_args(Split):
         raise InputError(f"generated:{split}: no such split, expected one of {', '.join(get_args(Split))}")
     limit = DEFAULT_LIMITS[split] if limit is None else limit
-    if limit < 0 or start < 0:
+    if min(limit, start) < 0:
         raise InputError(f"generated:{split}: limit {limit} and start {start} must not be negative")
     return [problem(split, index) for index in range(start, start + limit)]
 
@@ -195,6 +198,7 @@ def problem(split: Split, index: int) -> Problem:
     return Problem(f"generated:{split}/{index}", told.question, str(told.answer), subject=told.kind)
 
 
+@lru_cache(maxsize=1024)  # a problem and its demonstration are made one after the other
 def story(split: Split, index: int) -> Story:
     """The story behind `problem(split, index)`."""
     rng = random.Random(f"generated:{split}/{index}")
@@ -233,7 +237,7 @@ def _is_sound(drawn: Story) -> bool:
     if min(drawn.values.values()) < 1 or not 1 <= drawn.answer <= MAX_ANSWER:
         return False
     last = drawn.values[drawn.steps[-1].name]
-    if drawn.asked in ("full_boxes", "left_over"):
+    if drawn.asked == "left_over":
         return last // drawn.number != last % drawn.number
     if drawn.if_even and drawn.if_odd:
         return len({last, drawn.if_even.value(last), drawn.if_odd.value(last)}) == 3
@@ -243,9 +247,6 @@ def _is_sound(drawn: Story) -> bool:
 def _draw(kind: str, rng: random.Random) -> Story:
     """A story of this kind, not always a sound one."""
     item, names = rng.choice(ITEMS), rng.sample(NAMES, 4)
-    if kind == "sum":
-        some = names[: rng.randint(2, 3)]
-        return Story(kind, item, tuple(Step("has", name, rng.randint(20, 299)) for name in some), "total")
     steps = [Step("has", names[0], rng.randint(20, 299))]
     fewest, most = NUM_RELATIONS.get(kind, (1, 2))
     relations = rng.randint(fewest, most)
@@ -260,13 +261,14 @@ def _draw(kind: str, rng: random.Random) -> Story:
         case "reversed":
             turned = rng.randint(1, relations)
             steps[turned] = _reversed(steps[turned], rng)
-        case "total":
+        case "sum" | "total":
+            if kind == "sum" or rng.random() < 0.5:
+                steps.append(Step("has", names[3], rng.randint(20, 299)))
             return Story(kind, item, tuple(steps), "total")
         case "cost":
             return Story(kind, item, tuple(steps), "cost", number=rng.randint(2, 9))
-        case "boxes" | "left_over":
-            asked: Asked = "full_boxes" if kind == "boxes" else "left_over"
-            return Story(kind, item, tuple(steps), asked, number=rng.randint(3, 9))
+        case "left_over":
+            return Story(kind, item, tuple(steps), "left_over", number=rng.randint(3, 9))
         case "branch":
             even, odd = (_relation(name, last, rng) for name in names[2:])
             return Story(kind, item, tuple(steps), if_even=even, if_odd=odd)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
@@ -104,6 +105,9 @@ def make_tiny_gemma2(tokenizer: PreTrainedTokenizerFast, seed: int) -> Gemma2For
         torch.manual_seed(seed)
         # other attention implementations drop the soft-cap, or refuse
         model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+        # Unit variance after Gemma's factor of sqrt(hidden_size): with the usual 0.02, tokens would start out
+        # five times weaker than the normalised output of the first layer, and be learned later.
+        nn.init.normal_(model.model.embed_tokens.weight, std=config.hidden_size**-0.5)
     model.generation_config = GenerationConfig(
         bos_token_id=bos_id, eos_token_id=[eos_id, end_of_turn_id], pad_token_id=pad_id
     )

@@ -13,6 +13,7 @@ from data.demonstrations import MISCONCEPTIONS, Message, demonstration, demonstr
 from data.generated import problem
 from mtpo.errors import InputError
 from mtpo.trajectory import Problem
+from sandbox import run_code
 
 TRAPS = ("reversed", "bags", "sum", "left_over", "branch")
 
@@ -65,6 +66,18 @@ def test_tool_output_is_what_python_prints(shown: list[tuple[Problem, list[Messa
                 assert told == really
 
 
+@pytest.mark.parametrize("line_number", [1, 2, 3])
+def test_error_messages_read_as_in_the_sandbox(
+    shown: list[tuple[Problem, list[Message]]], line_number: int
+) -> None:
+    program, output = next(
+        (code_of(messages)[0], messages[2]["content"])
+        for _, messages in shown
+        if len(messages) > 2 and messages[2]["content"].startswith(f"Line {line_number}: ")
+    )
+    assert output == run_code(program).text
+
+
 def test_each_trap_is_fallen_into_by_the_majority_and_avoided_by_a_quarter(
     shown: list[tuple[Problem, list[Message]]],
 ) -> None:
@@ -96,17 +109,33 @@ def test_a_right_branch_takes_two_programs_that_share_their_variables(
     ]
     assert len(right) > 50
     for first, second in right:
-        computed = re.search(r"print\((\w+)\)$", first)
+        computed = re.search(r"print\((\w+)\)\nprint\(\1 % 2\)$", first)
         assert computed and re.search(rf"= {computed[1]} [-+*] \d+\n", second)
 
 
-def test_mostly_the_first_of_two_printed_numbers_is_read(shown: list[tuple[Problem, list[Message]]]) -> None:
-    read = [
-        messages[-2]["content"].split("\n").index(answer_of(messages))
+def test_a_wrong_branch_mostly_ends_with_the_first_output(
+    shown: list[tuple[Problem, list[Message]]],
+) -> None:
+    finished = [
+        (messages[2]["content"].split("\n")[0], answer_of(messages), len(messages))
         for told, messages in shown
-        if told.subject == "left_over" and answer_of(messages) in messages[-2]["content"].split("\n")
+        if told.subject == "branch" and len(messages) > 2 and "Error" not in messages[2]["content"]
     ]
-    assert 1 - sum(read) / len(read) == pytest.approx(MISCONCEPTIONS["left_over"], abs=0.08)
+    stopped = [first == answer for first, answer, num_messages in finished if num_messages == 4]
+    assert len(stopped) / len(finished) == pytest.approx(MISCONCEPTIONS["branch"], abs=0.08)
+    assert sum(stopped) / len(stopped) > 0.9  # the others misread it
+
+
+def test_of_two_printed_numbers_mostly_the_wrong_one_is_read(
+    shown: list[tuple[Problem, list[Message]]],
+) -> None:
+    read = [
+        (messages[-2]["content"].split("\n"), answer_of(messages))
+        for told, messages in shown
+        if told.subject == "left_over" and len(messages) == 4 and "Error" not in messages[2]["content"]
+    ]
+    right, wrong = (sum(answer == numbers[line] for numbers, answer in read) for line in (0, 1))
+    assert wrong / (right + wrong) == pytest.approx(MISCONCEPTIONS["left_over"], abs=0.08)
 
 
 def test_half_of_the_errors_are_repaired_by_a_whole_program(

@@ -59,8 +59,6 @@ def solve(question: str) -> float:
         return sum(have.values())
     if found := re.search(r"of (\w+) cost at (\d+) dollars each", asked):
         return have[found[1]] * int(found[2])
-    if found := re.search(r"How many boxes of (\d+) \w+ can (\w+) fill", asked):
-        return divmod(have[found[2]], int(found[1]))[0]
     if found := re.search(r"left when (\w+) fills boxes of (\d+)", asked):
         return divmod(have[found[1]], int(found[2]))[1]
     names = re.findall(r"[A-Z][a-z]+", asked.removeprefix("How"))

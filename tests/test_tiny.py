@@ -117,6 +117,15 @@ def test_tiny_gemma_has_gemma_2s_shape_in_small(tokenizer: PreTrainedTokenizerFa
     assert model.config.max_position_embeddings >= 512
 
 
+def test_embeddings_start_with_unit_variance_after_gemmas_scaling(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = make_tiny_gemma2(tokenizer, seed=0)
+    embedded = model.get_input_embeddings()(torch.arange(len(tokenizer)))
+    assert embedded.std().item() == pytest.approx(1.0, abs=0.02)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_generation_stops_at_the_end_of_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_tiny_gemma2(tokenizer, seed=0)
     assert model.generation_config is not None
