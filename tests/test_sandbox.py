@@ -232,6 +232,16 @@ async def test_late_output_of_a_stopped_cell_never_shows(session: Session) -> No
     assert await texts(session, "time.sleep(0.2)\n'on time'") == ["'on time'"]
 
 
+async def test_messages_of_an_earlier_cell_are_not_taken_for_this_one(session: Session) -> None:
+    send = (
+        "kernel = get_ipython().kernel\nfor state in ('busy', 'idle'):\n"
+        "    kernel.session.send(kernel.iopub_socket, 'status', {'execution_state': state}, parent=earlier)\n"
+        "kernel.session.send(kernel.iopub_socket, 'stream', {'name': 'stdout', 'text': 'late'}, parent=earlier)\n"
+        "'on time'"
+    )
+    assert await texts(session, "earlier = get_ipython().get_parent()", send) == ["[no output]", "'on time'"]
+
+
 async def test_a_busy_event_loop_is_no_timeout(session: Session) -> None:
     await session.execute("1")
     running = asyncio.ensure_future(session.execute("'done'", timeout_s=0.2))
@@ -252,6 +262,14 @@ async def test_what_a_cell_started_ends_with_the_session(pool: InterpreterPool) 
         pids = [int(pid) for pid in (await texts(session, cell))[0].split()]
         assert all(map(is_alive, pids))
     assert await dies(*pids)
+
+
+async def test_what_a_cell_started_ends_with_its_kernel(session: Session) -> None:
+    cell = "import os, subprocess\nsubprocess.Popen(['sleep', '600']).pid"
+    pid = int((await texts(session, cell))[0])
+    assert is_alive(pid)
+    assert (await session.execute("os._exit(1)")).status == "died"
+    assert await dies(pid)
 
 
 async def test_scratch_directory_goes_with_the_session(pool: InterpreterPool) -> None:

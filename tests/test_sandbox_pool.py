@@ -252,7 +252,8 @@ async def test_cancelling_while_a_kernel_starts_leaves_nothing_behind(base: Path
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await session.close()
-        assert (await pool.session().execute("1")).text == "1"  # the slot was given back each time
+        execution = await asyncio.wait_for(pool.session().execute("1"), 20)
+        assert execution.text == "1"  # the slot was given back each time
     await wait_until_gone([], base, within_s=0.1)
 
 
