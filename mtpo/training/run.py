@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
@@ -81,7 +80,7 @@ def train(
         GuardError: the loss or a log-prob is not finite, policy and reference are equal but score differently,
             or the attention implementation is not exact.
     """
-    started, out, state = time.monotonic(), Path(out), PartialState()
+    started, out = time.monotonic(), Path(out)
     require_exact_attention(model)
     checkpoint = last_checkpoint(out)
     if checkpoint is not None and not resume:
@@ -89,8 +88,7 @@ def train(
             f"{out} holds {checkpoint.name} of an earlier run: resume it, or take another folder"
         )
     kept, num_dropped = _usable_rows(rows, settings, model)
-    micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // state.num_processes)
-    args = _arguments(settings, out, micro_batch_size, state.num_processes)
+    args = _arguments(settings, out)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if settings.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -101,7 +99,7 @@ def train(
             reference_model is None or fingerprint(reference_model) == fingerprint(model)
         )
         kept = with_mismatched(kept, settings.seed) if settings.method == "kto" else kept
-        kept = _with_reference(kept, reference_model or model, out, micro_batch_size, args, progress)
+        kept = _with_reference(kept, reference_model or model, args, progress)
     elif reference_model is not None:
         raise InputError(f"reference_model has no effect on method {settings.method!r}")
 
@@ -213,19 +211,10 @@ def _usable_rows(
     return masked_rows(kept, settings.mask), num_dropped
 
 
-def _arguments(
-    settings: TrainingSettings, out: Path, micro_batch_size: int, num_processes: int
-) -> TrainingArguments:
-    if settings.batch_size % (micro_batch_size * num_processes):
-        raise InputError(
-            f"batch_size {settings.batch_size} is no multiple of micro_batch_size {micro_batch_size} "
-            f"times {num_processes} processes"
-        )
-    return TrainingArguments(
+def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
+    args = TrainingArguments(
         output_dir=str(out),
         num_train_epochs=1,  # the rows come in the order of all epochs
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // (micro_batch_size * num_processes),
         learning_rate=settings.learning_rate,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
@@ -238,20 +227,26 @@ def _arguments(
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // args.world_size)
+    accumulation, rest = divmod(settings.batch_size, micro_batch_size * args.world_size)
+    if rest:
+        raise InputError(
+            f"batch_size {settings.batch_size} is no multiple of micro_batch_size {micro_batch_size} "
+            f"times {args.world_size} processes"
+        )
+    args.per_device_train_batch_size = micro_batch_size
+    args.gradient_accumulation_steps = accumulation
+    return args
 
 
 def _with_reference(
-    rows: Sequence[Row],
-    reference: PreTrainedModel,
-    out: Path,
-    batch_size: int,
-    args: TrainingArguments,
-    progress: bool,
+    rows: Sequence[Row], reference: PreTrainedModel, args: TrainingArguments, progress: bool
 ) -> list[Row]:
     require_exact_attention(reference)
-    device = next(reference.parameters()).device
+    device, cache = next(reference.parameters()).device, Path(str(args.output_dir)) / "reference"
     _disable_dropout(reference.to(args.device))  # pyright: ignore[reportArgumentType]
-    rows = add_reference_logps(rows, reference, out / "reference", batch_size=batch_size, progress=progress)
+    size = args.per_device_train_batch_size
+    rows = add_reference_logps(rows, reference, cache, batch_size=size, progress=progress)
     reference.to(device)  # pyright: ignore[reportArgumentType]
     return rows
 
