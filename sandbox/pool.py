@@ -69,7 +69,8 @@ class InterpreterPool:
         self._kind = kernel
         self._preload = tuple(preload) if kernel == "zygote" else ()
         self._slots = asyncio.Semaphore(size)
-        self._starts = asyncio.Semaphore(min(size, os.cpu_count() or 1))
+        # A start waits about half of its time; many more at once only make each of them late.
+        self._starts = asyncio.Semaphore(min(size, 2 * (os.cpu_count() or 1)))
         self._numbers = itertools.count()
         self._sessions: set[Session] = set()
         self._background: set[asyncio.Task[None]] = set()

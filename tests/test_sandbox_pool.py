@@ -49,7 +49,7 @@ async def wait_until_gone(pids: list[int], directory: Path | None = None, within
 
 @both_kernels
 async def test_each_limit_holds(kernel: KernelKind) -> None:
-    limits = Limits(memory_mb=128, cpu_s=4, max_file_mb=1, max_open_files=100)
+    limits = Limits(memory_mb=128, cpu_s=3, max_file_mb=1, max_open_files=100)
     async with InterpreterPool(limits, kernel=kernel, preload=()) as pool, pool.session() as session:
         small = (
             "open('f', 'wb').write(b'0' * 2**20)\n[open('f') for _ in range(20)]\na = bytearray(60 * 2**20)"
