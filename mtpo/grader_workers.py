@@ -33,7 +33,7 @@ WALL_FACTOR = 10
 MAX_ATTEMPTS = 3
 """A pair whose worker was killed by somebody else is tried again, so often in all."""
 
-_DEADLINE_SIGNALS = (signal.SIGPROF, signal.SIGALRM)
+_DEADLINE_RULES: dict[int | None, str] = {signal.SIGPROF: "timeout", signal.SIGALRM: "wall_timeout"}
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +59,8 @@ class WorkerPool:
         """Compare two normalised answers with the symbolic rule, waiting for a free worker.
 
         Returns:
-            The decision; `equal` is None if there is none, with the rule `timeout`, `worker_died` or `error: ...`.
+            The decision; `equal` is None if there is none, with the rule `timeout`, `wall_timeout`,
+            `worker_died` or `error: ...`.
         """
         for attempt in range(1, MAX_ATTEMPTS + 1):
             worker = self._slots.get()
@@ -68,8 +69,8 @@ class WorkerPool:
                 return worker.decide(gold, answer, self._timeout_s)
             except WorkerDiedError as death:
                 worker = None
-                if death.signal_number in _DEADLINE_SIGNALS:
-                    return Decision(None, "timeout")
+                if death.signal_number in _DEADLINE_RULES:
+                    return Decision(None, _DEADLINE_RULES[death.signal_number])
                 _log.warning(
                     "a grading worker was ended by signal %s (attempt %d)", death.signal_number, attempt
                 )
@@ -234,7 +235,7 @@ def _work(connection: socket.socket) -> None:
     """A worker's life: one line in, one line out, until the caller closes the socket."""
     from mtpo.symbolic_equality import equal_expressions
 
-    for number in _DEADLINE_SIGNALS:
+    for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -60,6 +60,8 @@ def test_rows_of_a_matrix_are_not_taken_for_spaces() -> None:
 def test_what_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match=f"up to {MAX_CHARS}"):
         normalise("1+" * MAX_CHARS)
+    with pytest.raises(ValueError, match="nested more than 50 deep"):
+        normalise("[" * 51 + "1" + "]" * 51)
 
 
 def test_squash_keeps_two_numbers_apart() -> None:

@@ -35,7 +35,7 @@ def test_pieces(text: str, pieces: list[Piece]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["5", "x", "x^2 < 4", "x + y < 2", "1 < 2x < 3", "[1, 2, 3]", r"(t, 2t) \in S", ""]
+    "text", ["5", "x", "x^2 < 4", "x + y < 2", "1 < 2x < 3", "[1, 2, 3]", r"(t, 2t) \in \mathbb{R}", ""]
 )
 def test_what_is_no_solved_set(text: str) -> None:
     assert parse_set(normalise(text)) is None
