@@ -45,6 +45,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"lr_schedule": "step"}, "lr_schedule is 'step'"),
     ({"lr_schedule": "constant", "final_lr_ratio": 0.1}, "final_lr_ratio has no effect"),
     ({"final_lr_ratio": 1.5}, "final_lr_ratio is 1.5"),
+    ({"adam_beta2": 1.0}, "adam_beta2 is 1.0, expected at least 0 and less than 1"),
     ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
     ({"epochs": 0}, "epochs is 0"),

@@ -117,9 +117,11 @@ class TrainingSettings:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("final_lr_ratio", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise InputError(f"final_lr_ratio is {self.final_lr_ratio}, expected 0 to 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 0 and less than 1")
         if self.lr_schedule == "constant" and self.final_lr_ratio:
             raise InputError("final_lr_ratio has no effect on the constant schedule")
 
