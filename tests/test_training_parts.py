@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mtpo.errors import InputError
 from mtpo.training import METHODS, TrainingSettings
@@ -246,5 +247,6 @@ def test_collapse_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_resumed_metrics_file_drops_the_steps_to_come(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "label"}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    MetricsFile(path, start_step=2)
+    state = TrainerState(global_step=2, is_world_process_zero=True)
+    MetricsFile(path).on_train_begin(TrainingArguments(), state, TrainerControl())
     assert path.read_text() == '{"stage": "label"}\n{"step": 1}\n{"step": 2}\n'

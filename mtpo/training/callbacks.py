@@ -12,19 +12,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one object a step to a JSONL file.
+    """Appends one object a step to a JSONL file; a resumed run first removes the steps that it takes again."""
 
-    Args:
-        start_step: lines of later steps are removed: a resumed run takes those steps again.
-    """
-
-    def __init__(self, path: Path, start_step: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            kept = [
-                line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start_step
-            ]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [f"{line}\n" for line in lines if _step(line) <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
 
     def on_log(
         self,

@@ -106,7 +106,7 @@ def train(
     order = training_order([row_length(row) for row in kept], settings)
     num_steps = math.ceil(len(order) / settings.batch_size)
     callbacks: list[TrainerCallback] = [
-        MetricsFile(out / "metrics.jsonl", start_step=_checkpoint_step(checkpoint)),
+        MetricsFile(out / "metrics.jsonl"),
         Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
     ]
     trainer = TrajectoryTrainer(
@@ -149,11 +149,9 @@ def training_order(lengths: Sequence[int], settings: TrainingSettings) -> list[i
     for start in range(0, len(order), size * BUCKET_BATCHES):
         bucket = sorted(order[start : start + size * BUCKET_BATCHES], key=lambda i: lengths[i])
         batches = [bucket[i : i + size] for i in range(0, len(bucket), size)]
-        partial = (
-            [batches.pop()] if len(batches[-1]) < size else []
-        )  # only the last batch of all may be small
+        small = [batches.pop()] if len(batches[-1]) < size else []  # comes last, or all others would shift
         rng.shuffle(batches)
-        bucketed += [i for batch in batches + partial for i in batch]
+        bucketed += [i for batch in batches + small for i in batch]
     return bucketed
 
 
@@ -173,8 +171,8 @@ def _checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=_checkpoint_step)
 
 
-def _checkpoint_step(path: Path | None) -> int:
-    return 0 if path is None else int(path.name.removeprefix("checkpoint-"))
+def _checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _is_complete(checkpoint: Path) -> bool:
