@@ -84,14 +84,14 @@ def demonstration(shown: Problem, rng: random.Random) -> list[Message]:
     first = program
     if rng.random() < BEHAVIOURS["forgotten_line"]:
         first = program.copy()
-        del first[rng.randrange(len(told.steps))]
+        del first[rng.randrange(sum(" = " in line for line in program))]
     output = attempt.run(first)
     if "Error" in output:
         if rng.random() >= BEHAVIOURS["repair"]:
             return attempt.answer(_guess(told, rng))
         output = attempt.run(program)
     if told.kind == "branch" and rng.random() >= MISCONCEPTIONS["branch"]:
-        output = attempt.run(_second_program(told, output, rng))
+        output = attempt.run(_second_program(told.steps[-1], output, rng))
     return attempt.answer(_read(told, output, rng))
 
 
@@ -134,6 +134,13 @@ def name_error_text(line_number: int, line: str, message: str) -> str:
 
 def _program(told: Story, rng: random.Random) -> list[str]:
     """The lines of the first program, with the demonstrator's misconceptions about single sentences."""
+    if told.kind == "branch":
+        computed = told.steps[-1].other
+        return [
+            *(_line(step, rng) for step in told.steps[:-1]),
+            f"print({computed})",
+            f"print({computed} % 2)",
+        ]
     return [*(_line(step, rng) for step in told.steps), *_print_lines(told, rng)]
 
 
@@ -147,8 +154,6 @@ def _print_lines(told: Story, rng: random.Random) -> list[str]:
     last = told.steps[-1].name
     if told.asked == "left_over":
         return [f"print({last} % {told.number})", f"print({last} // {told.number})"]
-    if told.if_even:
-        return [f"print({last})", f"print({last} % 2)"]
     is_wrong = rng.random() < MISCONCEPTIONS.get(told.kind, 0.0)
     if told.asked == "cost":
         return [f"print({last} {'+' if is_wrong else '*'} {told.number})"]
@@ -157,12 +162,11 @@ def _print_lines(told: Story, rng: random.Random) -> list[str]:
     return [f"print({last})"]
 
 
-def _second_program(told: Story, output: str, rng: random.Random) -> list[str]:
+def _second_program(branch: Step, output: str, rng: random.Random) -> list[str]:
     """The program that goes on from the output of the first one: a number, and its rest when divided by 2."""
     is_odd = output.endswith("\n1") != (rng.random() < MISCONCEPTIONS["wrong_branch"])
-    step = told.if_odd if is_odd else told.if_even
-    assert step is not None  # only stories of the kind "branch" get here
-    return [_line(step, rng), f"print({step.name})"]
+    line = f"{branch.name} = {branch.other} {'-' if is_odd else '+'} {branch.number}"
+    return [line, f"print({branch.name})"]
 
 
 def _read(told: Story, output: str, rng: random.Random) -> int:

@@ -21,7 +21,7 @@ from mtpo.trajectory import Problem
 
 Split = Literal["train", "dev", "test"]
 Operation = Literal[
-    "has", "more", "fewer", "times", "reversed_more", "reversed_times", "finds", "gives", "bags"
+    "has", "more", "fewer", "times", "reversed_more", "reversed_times", "finds", "gives", "bags", "branch"
 ]
 Asked = Literal["last", "total", "cost", "left_over"]
 
@@ -63,6 +63,7 @@ SENTENCES: dict[Operation, str] = {
     "finds": "Then {name} finds {number} more {item}.",
     "gives": "Then {name} gives away {number} {item}.",
     "bags": "Then {name} buys {number} bags of {size} {item} each.",
+    "branch": "If {other} has an even number, {name} has {number} more {item} than {other}, otherwise {number} fewer.",
 }
 MAX_ANSWER = 99_999
 
@@ -99,6 +100,8 @@ class Step:
                 return -1 if base % self.number else base // self.number
             case "bags":
                 return base + self.number * self.size
+            case "branch":
+                return base - self.number if base % 2 else base + self.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +113,7 @@ class Story:
     steps: tuple[Step, ...]
     asked: Asked = "last"
     number: int = 0
-    """The price of one item, or how many fit into a box, where that is asked."""
-    if_even: Step | None = None
-    """The step that follows `steps` if the last of them gives an even number; set together with `if_odd`."""
-    if_odd: Step | None = None
+    """The price of one item, or how many fit into a box, where it matters."""
 
     @property
     def names(self) -> list[str]:
@@ -130,11 +130,6 @@ class Story:
         return values
 
     @property
-    def next_step(self) -> Step | None:
-        """The branch that is to be taken."""
-        return self.if_odd if self.values[self.steps[-1].name] % 2 else self.if_even
-
-    @property
     def answer(self) -> int:
         """The right answer; negative where the story is impossible."""
         values = self.values
@@ -143,7 +138,7 @@ class Story:
         last = values[self.steps[-1].name]
         match self.asked:
             case "last":
-                return self.next_step.value(last) if self.next_step else last
+                return last
             case "total":
                 return sum(values.values())
             case "cost":
@@ -154,20 +149,11 @@ class Story:
     @property
     def question(self) -> str:
         """The problem in English."""
-        told = [step.sentence(self.item) for step in self.steps]
-        return " ".join([*told, *self._branch_sentences(), self._ask()])
-
-    def _branch_sentences(self) -> list[str]:
-        if self.if_even is None or self.if_odd is None:
-            return []
-        even, odd = self.if_even.sentence(self.item), self.if_odd.sentence(self.item)
-        return [f"If that is even, {even}", f"If that is odd, {odd}"]
+        return " ".join([*(step.sentence(self.item) for step in self.steps), self._ask()])
 
     def _ask(self) -> str:
         item, last = self.item, self.steps[-1].name
         match self.asked:
-            case "last" if self.if_even and self.if_odd:
-                return f"How many {item} does {self.if_even.name} or {self.if_odd.name} have?"
             case "last":
                 return f"How many {item} does {last} have?"
             case "total":
@@ -233,15 +219,11 @@ def split_of(question: str) -> Split:
 
 
 def _is_sound(drawn: Story) -> bool:
-    """Everybody has at least one, and the two printed or possible numbers that could be mistaken differ."""
+    """Everybody has at least one, and what is left over is not as many as the full boxes."""
     if min(drawn.values.values()) < 1 or not 1 <= drawn.answer <= MAX_ANSWER:
         return False
     last = drawn.values[drawn.steps[-1].name]
-    if drawn.asked == "left_over":
-        return last // drawn.number != last % drawn.number
-    if drawn.if_even and drawn.if_odd:
-        return len({last, drawn.if_even.value(last), drawn.if_odd.value(last)}) == 3
-    return True
+    return drawn.asked != "left_over" or last // drawn.number != last % drawn.number
 
 
 def _draw(kind: str, rng: random.Random) -> Story:
@@ -270,8 +252,7 @@ def _draw(kind: str, rng: random.Random) -> Story:
         case "left_over":
             return Story(kind, item, tuple(steps), "left_over", number=rng.randint(3, 9))
         case "branch":
-            even, odd = (_relation(name, last, rng) for name in names[2:])
-            return Story(kind, item, tuple(steps), if_even=even, if_odd=odd)
+            steps.append(Step("branch", names[3], rng.randint(5, 60), last))
     return Story(kind, item, tuple(steps))
 
 
