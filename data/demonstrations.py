@@ -139,7 +139,7 @@ def _program(told: Story, rng: random.Random) -> list[str]:
         return [
             *(_line(step, rng) for step in told.steps[:-1]),
             f"print({computed})",
-            f"print({computed} % 2)",
+            f"print({computed} % 2 == 0)",
         ]
     return [*(_line(step, rng) for step in told.steps), *_print_lines(told, rng)]
 
@@ -163,17 +163,16 @@ def _print_lines(told: Story, rng: random.Random) -> list[str]:
 
 
 def _second_program(branch: Step, output: str, rng: random.Random) -> list[str]:
-    """The program that goes on from the output of the first one: a number, and its rest when divided by 2."""
-    is_odd = output.endswith("\n1") != (rng.random() < MISCONCEPTIONS["wrong_branch"])
+    """The program that goes on from the output of the first one: a number, and whether it is even."""
+    is_odd = output.endswith("False") != (rng.random() < MISCONCEPTIONS["wrong_branch"])
     line = f"{branch.name} = {branch.other} {'-' if is_odd else '+'} {branch.number}"
     return [line, f"print({branch.name})"]
 
 
 def _read(told: Story, output: str, rng: random.Random) -> int:
     """The number that the demonstrator takes from the output."""
-    numbers = [int(line) for line in output.splitlines()]
     reads_last = told.kind == "left_over" and rng.random() < MISCONCEPTIONS["left_over"]
-    number = numbers[-1 if reads_last else 0]
+    number = int(output.splitlines()[-1 if reads_last else 0])
     return _slip(number, rng) if rng.random() < BEHAVIOURS["misread"] else number
 
 

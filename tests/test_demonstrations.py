@@ -109,7 +109,7 @@ def test_a_right_branch_takes_two_programs_that_share_their_variables(
     ]
     assert len(right) > 50
     for first, second in right:
-        computed = re.search(r"print\((\w+)\)\nprint\(\1 % 2\)$", first)
+        computed = re.search(r"print\((\w+)\)\nprint\(\1 % 2 == 0\)$", first)
         assert computed and re.search(rf"= {computed[1]} [-+*] \d+\n", second)
 
 
