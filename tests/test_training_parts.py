@@ -171,13 +171,14 @@ def test_training_order_draws_every_row_once_an_epoch() -> None:
     assert set(pairs[:203]) == set(range(203))
 
 
-def test_sft_batches_hold_rows_of_like_length() -> None:
+def test_length_decides_the_order_within_a_batch_and_never_which_rows_make_one() -> None:
     lengths = [(37 * i) % 100 for i in range(400)]
     order = training_order(lengths, settings(batch_size=8))
-    batches = [[lengths[i] for i in order[start : start + 8]] for start in range(0, 400, 8)]
-    assert max(max(batch) - min(batch) for batch in batches) <= 3
-    means = [sum(batch) for batch in batches]
-    assert means != sorted(means)
+    unsorted = training_order(lengths, settings("dpo", batch_size=8))
+    for start in range(0, 400, 8):
+        batch = order[start : start + 8]
+        assert set(batch) == set(unsorted[start : start + 8])
+        assert [lengths[i] for i in batch] == sorted(lengths[i] for i in batch)
 
 
 def test_checkpoints_cut_the_run_into_equal_parts() -> None:

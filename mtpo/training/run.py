@@ -28,10 +28,6 @@ from mtpo.training.trainer import TrajectoryTrainer
 
 log = logging.getLogger(__name__)
 
-BUCKET_BATCHES = 50
-"""Batches within which rows are sorted by length."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """What a run made."""
@@ -135,8 +131,9 @@ def train(
 def training_order(lengths: Sequence[int], settings: TrainingSettings) -> list[int]:
     """Which row is drawn when, for all epochs: each epoch shuffled, a function of the seed alone.
 
-    Single rows are then sorted by length within every `BUCKET_BATCHES` batches, and those batches shuffled:
-    less padding.
+    Single rows are then sorted by length within every batch, so that micro-batches need little padding. Which
+    rows make a batch stays random: the loss of a batch is a mean over its tokens, so the tokens of a batch of
+    short rows would count for more than others.
     """
     rng, order = random.Random(settings.seed), []
     for _ in range(settings.epochs):
@@ -145,14 +142,9 @@ def training_order(lengths: Sequence[int], settings: TrainingSettings) -> list[i
         order += epoch
     if settings.recipe.rows != "single":
         return order
-    size, bucketed = settings.batch_size, []
-    for start in range(0, len(order), size * BUCKET_BATCHES):
-        bucket = sorted(order[start : start + size * BUCKET_BATCHES], key=lambda i: lengths[i])
-        batches = [bucket[i : i + size] for i in range(0, len(bucket), size)]
-        small = [batches.pop()] if len(batches[-1]) < size else []  # comes last, or all others would shift
-        rng.shuffle(batches)
-        bucketed += [i for batch in batches + small for i in batch]
-    return bucketed
+    size = settings.batch_size
+    batches = (order[start : start + size] for start in range(0, len(order), size))
+    return [i for batch in batches for i in sorted(batch, key=lambda i: lengths[i])]
 
 
 def checkpoint_steps(num_steps: int, num_checkpoints: int) -> list[int]:
