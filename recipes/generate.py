@@ -47,7 +47,9 @@ class SamplingOptions:
     max_turn_tokens: int = field(default=512, metadata={"help": "sampled tokens of one turn"})
     max_tokens: int | None = field(default=None, metadata={"help": "sampled tokens of one trajectory"})
     tool_timeout_s: float = field(default=5.0, metadata={"help": "seconds that one code block may run"})
-    memory_mb: int = field(default=512, metadata={"help": "memory of one interpreter, beyond the preloaded"})
+    memory_mb: int = field(
+        default=1024, metadata={"help": "memory that the code of one interpreter may take"}
+    )
     preload: list[str] = field(
         default_factory=lambda: ["numpy", "sympy"],
         metadata={

@@ -31,12 +31,16 @@ from mtpo.cli import run_recipe
 from mtpo.errors import InputError
 from mtpo.runs import RunFolder, read_json, write_json
 from mtpo.training import TrainingSettings, train
+from mtpo.training.guards import engine_gap
 from mtpo.trajectory import Problem
 from recipes import train as train_recipe
 from recipes.evaluate import compare, evaluate_into, read_correct
 from recipes.generate import SPEED_ONLY, SamplingOptions, load_policy, sample_into
 from recipes.label import Graded, grade_trajectories, write_rows
 from recipes.train import KINDS
+
+PROBED = 8
+"""Trajectories of each policy whose log-probs are compared between engine and trainer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +223,12 @@ def sample_policies(
     prompts: Sequence[Problem],
     options: LoopOptions,
 ) -> Graded:
-    """Trajectories of both policies on the same prompts, graded."""
+    """Trajectories of both policies on the same prompts, graded.
+
+    Raises:
+        GuardError: the engine's log-probs are not those that training would see; the gap is kept in
+            `engine_gap.json`.
+    """
     graded: Graded = []
     sources = [("current", current, options.samples, 0)]
     if previous is not None and options.previous_samples:
@@ -239,7 +248,10 @@ def sample_policies(
             first_sample=first_sample,
             label=f"iteration {iteration}, {name} policy",
         )
-        graded += grade_trajectories(read_trajectories(folder / name / "trajectories"), prompts)
+        trajectories = list(read_trajectories(folder / name / "trajectories"))
+        if probed := [t for t in trajectories if t.actions][:PROBED]:
+            write_json(folder / name / "engine_gap.json", engine_gap(model, probed)._asdict())
+        graded += grade_trajectories(trajectories, prompts)
     return graded
 
 

@@ -5,6 +5,7 @@ settings.py   every knob
 run.py        train(): rows in, a model folder out
 trainer.py    the trainer, on transformers.Trainer
 reference.py  log-probs of the reference, cached by content
+guards.py     checks that training would be silently wrong
 mismatch.py   KTO's mismatched trajectories
 optim.py      AdamW, Muon, schedules
 metrics.py    what a step reports, and when it warns

@@ -21,12 +21,14 @@ from mtpo.batches import Row, check_row, drop_too_long, masked_rows, row_kind, r
 from mtpo.errors import InputError
 from mtpo.models import fingerprint, require_exact_attention, unwrapped
 from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
+from mtpo.training.guards import EqualGradients, check_one_bos
 from mtpo.training.mismatch import with_mismatched
 from mtpo.training.reference import add_reference_logps
 from mtpo.training.settings import TrainingSettings
 from mtpo.training.trainer import TrajectoryTrainer
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -84,6 +86,8 @@ def train(
             f"{out} holds {checkpoint.name} of an earlier run: resume it, or take another folder"
         )
     kept, num_dropped = _usable_rows(rows, settings, model)
+    if tokenizer is not None and tokenizer.bos_token_id is not None:
+        check_one_bos(kept, int(tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
     args = _arguments(settings, out)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if settings.gradient_checkpointing:
@@ -104,6 +108,7 @@ def train(
     callbacks: list[TrainerCallback] = [
         MetricsFile(out / "metrics.jsonl"),
         Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
+        EqualGradients(),
     ]
     trainer = TrajectoryTrainer(
         model,
