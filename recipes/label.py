@@ -9,7 +9,9 @@ sft.jsonl) holds the rows, OUT/grades.jsonl the verdict on every trajectory and 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -134,12 +136,17 @@ def grade_trajectories(
             )
     pairs = [(t.actions[-1].text if t.actions else "", golds[t.problem_id]) for t in listed]
     grades: list[Grade] = []
-    with Grader(workers=workers) as grader:
-        for start in tqdm(
-            range(0, len(pairs), BATCH), desc="grading", unit_scale=BATCH, unit="traj", delay=2
-        ):
-            grades += grader.grade_many(pairs[start : start + BATCH])
+    for start in tqdm(range(0, len(pairs), BATCH), desc="grading", unit_scale=BATCH, unit="traj", delay=2):
+        grades += _grader(workers).grade_many(pairs[start : start + BATCH])
     return list(zip(listed, grades, strict=True))
+
+
+@functools.cache
+def _grader(workers: int) -> Grader:
+    """One grader for the life of the process: its workers take a second to start, and it remembers what it graded."""
+    grader = Grader(workers=workers)
+    atexit.register(grader.close)
+    return grader
 
 
 def write_rows(
