@@ -209,7 +209,7 @@ def test_ddp_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_distributed_worker, (port, str(tmp_path)), nprocs=2, start_method="fork")  # pyright: ignore
+    mp.start_processes(_distributed_worker, (port, str(tmp_path)), nprocs=2, start_method="spawn")  # pyright: ignore
     model = tiny_model("gemma2", std=0.3)
     (action_logps(model, **batch(rows=4)).sum() / 2).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -226,7 +226,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     train(straight, tiny_pairs(12), resumable("dpo"), tmp_path / "straight", progress=False)
     with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):  # pyright: ignore
         mp.start_processes(  # pyright: ignore
-            _train_until_killed, (str(tmp_path / "killed"), "dpo"), nprocs=1, start_method="fork"
+            _train_until_killed, (str(tmp_path / "killed"), "dpo"), nprocs=1, start_method="spawn"
         )
     assert [step["step"] for step in steps(tmp_path / "killed")] == [1, 2, 3, 4]
     resumed, out = tiny_model("gemma2", std=0.1), tmp_path / "killed"

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from accelerate.state import AcceleratorState, GradientState
 
 from mtpo.models import load_model
 from mtpo.training import TrainingSettings, train
@@ -25,8 +24,6 @@ def _settings(method: str) -> TrainingSettings:
 def _worker(rank: int, port: int, method: str, out: str) -> None:
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one was forked from
-    GradientState._reset_state()
     torch.set_num_threads(1)
     train(tiny_model("gemma2", std=0.1), ROWS[method](4), _settings(method), out, progress=False)
 
@@ -38,7 +35,7 @@ def test_two_processes_train_to_the_weights_of_one(method: str, tmp_path: Path) 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (port, method, str(tmp_path / "two"))
-    mp.start_processes(_worker, arguments, nprocs=2, start_method="fork")  # pyright: ignore
+    mp.start_processes(_worker, arguments, nprocs=2, start_method="spawn")  # pyright: ignore
     train(tiny_model("gemma2", std=0.1), ROWS[method](4), _settings(method), tmp_path / "one", progress=False)
     one, two = load_model(tmp_path / "one" / "model"), load_model(tmp_path / "two" / "model")
     for expected, actual in zip(one.parameters(), two.parameters(), strict=True):
