@@ -13,12 +13,14 @@ CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) for every line of a code block that starts a recipe or a make target, continued lines joined."""
+    """(page, command) for every line of a bash block that starts a recipe or a make target, continued lines joined."""
     found = []
     for page in PAGES:
-        for block in re.findall(
-            r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        for language, block in re.findall(
+            r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
         ):
+            if language != "bash":
+                continue
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.removeprefix("$ ").split(" # ")[0].strip()
                 if re.match(r"(\.venv/bin/)?python -m recipes\.|make ", line):
