@@ -77,12 +77,21 @@ def test_mask_covers_what_the_models_wrote_and_no_tool_output(labelled: dict[str
 
 @needs_trajectories
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "kind"), [("dpo", "pairs"), ("kto", "binary")])
+@pytest.mark.parametrize(("method", "kind", "max_length"), [("dpo", "pairs", 1024), ("kto", "binary", 512)])
 def test_an_epoch_trains_on_them(
-    gemma: Path, labelled: dict[str, Path], tmp_path: Path, method: str, kind: str
+    gemma: Path, labelled: dict[str, Path], tmp_path: Path, method: str, kind: str, max_length: int
 ) -> None:
     argv = ["--method", method, "--model", gemma, "--data", labelled[kind], "--learning_rate", 1e-3]
-    argv += ["--batch_size", 16, "--micro_batch_size", 4, "--out", tmp_path / "run"]
+    argv += [
+        "--batch_size",
+        16,
+        "--micro_batch_size",
+        4,
+        "--max_length",
+        max_length,
+        "--out",
+        tmp_path / "run",
+    ]
     assert train.main([str(a) for a in argv]) == 0
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["rows"] + summary["dropped"] == len(read_rows(labelled[kind] / f"{kind}.jsonl"))
