@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -287,28 +286,30 @@ def loop_arguments(coin: Path, folder: Path, out: Path) -> list[str]:
     return [str(a) for a in argv]
 
 
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 @pytest.mark.slow
 def test_loop_killed_anywhere_ends_where_an_undisturbed_one_ends(coin: Path, tmp_path: Path) -> None:
     assert iterate.main(loop_arguments(coin, tmp_path, tmp_path / "whole")) == 0
-    command = [sys.executable, "-m", "recipes.iterate", *loop_arguments(coin, tmp_path, tmp_path / "killed")]
-    rng, kills = random.Random(0), 0
-    while True:
-        process = subprocess.Popen(
-            [*command, "--resume"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        try:
-            # Time only counts once the run has begun: until then the process imports.
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "killed" / "config.json").exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            _, error = process.communicate(timeout=rng.uniform(6, 12) if kills < 4 else 300)
-            assert process.returncode == 0, error.decode()
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills > 0
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "recipes.iterate", *loop_arguments(coin, tmp_path, out), "--resume"]
+    for under_way in (
+        lambda: lines_in(out / "iteration_1/current/trajectories/00000.jsonl") > 5,
+        lambda: (out / "iteration_1/train").exists(),
+        lambda: (out / "iteration_1/dev").exists(),
+        lambda: lines_in(out / "iteration_2/previous/trajectories/00000.jsonl") > 2,
+        lambda: (out / "test").exists(),
+    ):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not under_way():
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (out / "summary.json").exists()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     for part in ("iteration_1/current", "iteration_1/previous", "iteration_2/current", "test/start/greedy"):
         whole, killed = (
             {
