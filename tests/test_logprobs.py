@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mtpo import logprobs
 from mtpo.errors import InputError
 from mtpo.logprobs import action_logps, head_logits
+from tests.process_pair import leave_together
 from tests.tiny_models import Family, tiny_model
 
 SHAPES: tuple[Family, ...] = ("gemma", "gemma2", "gemma3", "llama")
@@ -201,7 +202,7 @@ def _distributed_worker(rank: int, port: int, folder: str) -> None:
     action_logps(wrapped, **mine).sum().backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/gradients.pt")
-    torch.distributed.destroy_process_group()
+    leave_together(folder, rank)
 
 
 def test_ddp_gradients_equal_those_of_one_process(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 from mtpo.models import load_model
 from mtpo.training import TrainingSettings, train
+from tests.process_pair import leave_together
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
 
@@ -26,8 +27,7 @@ def _worker(rank: int, port: int, method: str, out: str) -> None:
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
     train(tiny_model("gemma2", std=0.1), ROWS[method](4), _settings(method), out, progress=False)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()  # else gloo's threads may abort the process while it exits
+    leave_together(out, rank)
 
 
 @pytest.mark.parametrize("method", list(ROWS))
