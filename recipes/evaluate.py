@@ -55,10 +55,10 @@ def evaluate_model(config: Config) -> str:
     problems = load_problems(config.problems, config.limit, strict=False)
     model, chat = load_policy(config.model, config.dtype, config.attention)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY | {"compare"})
-    result = evaluate_into(
+    result, graded = evaluate_into(
         folder.path, model, chat, problems, config, seed=config.seed, policy=config.model, label="evaluating"
     )
-    tests = {other: compare(correct, read_correct(folder.path)) for other, correct in before.items()}
+    tests = {other: compare(correct, correct_by_problem(graded)) for other, correct in before.items()}
     print(result.table())
     for other, test in tests.items():
         print(
@@ -77,14 +77,18 @@ def evaluate_into(
     problems: Sequence[Problem],
     options: SamplingOptions,
     **names: Any,
-) -> Evaluation:
-    """Sample what is missing, grade, and write `metrics.json` and `predictions.jsonl` into the folder."""
+) -> tuple[Evaluation, Graded]:
+    """Sample what is missing, grade, and write `metrics.json` and `predictions.jsonl` into the folder.
+
+    Returns:
+        The figures, and what they were computed from.
+    """
     sample_into(folder, model, chat, problems, options, **names)
     graded = grade_trajectories(read_trajectories(folder / "trajectories"), problems)
     result = evaluate(graded, problems)
     write_jsonl(folder / "predictions.jsonl", _predictions(graded, problems))
     write_json(folder / "metrics.json", result.to_json())
-    return result
+    return result, graded
 
 
 def read_correct(folder: Path) -> dict[str, bool]:

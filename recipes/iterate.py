@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from data.problems import assert_disjoint, drop_shared, load_problems
 from data.trajectories import read_trajectories
+from eval.evaluate import correct_by_problem
 from eval.metrics import PairedTest
 from eval.stages import Stage, stages_table
 from mtpo.batches import read_rows
@@ -34,7 +35,7 @@ from mtpo.training import TrainingSettings, train
 from mtpo.training.guards import engine_gap
 from mtpo.trajectory import Problem
 from recipes import train as train_recipe
-from recipes.evaluate import compare, evaluate_into, read_correct
+from recipes.evaluate import compare, evaluate_into
 from recipes.generate import SPEED_ONLY, SamplingOptions, load_policy, sample_into
 from recipes.label import Graded, grade_trajectories, write_rows
 from recipes.train import KINDS
@@ -281,7 +282,7 @@ def select_on(dev: Sequence[Problem], folder: Path, options: LoopOptions) -> dic
     accuracies = {}
     for name in sorted(p.name for p in (folder / "train").iterdir() if (p / "config.json").exists()):
         model, chat = load_policy(folder / "train" / name, options.dtype, options.attention)
-        result = evaluate_into(
+        result, _ = evaluate_into(
             folder / "dev" / name,
             model,
             chat,
@@ -310,18 +311,12 @@ def run_tests(
             "policy": policy.model,
             "label": f"test, {policy.name}",
         }
-        stages.append(
-            Stage(
-                policy.name,
-                policy.model,
-                evaluate_into(place / "greedy", model, chat, problems, greedy, **names),
-                evaluate_into(place / "sampled", model, chat, problems, sampled, **names)
-                if options.test_samples
-                else None,
-                policy.training,
-            )
-        )
-        correct.append(read_correct(place / "greedy"))
+        own, graded = evaluate_into(place / "greedy", model, chat, problems, greedy, **names)
+        other = None
+        if options.test_samples:
+            other, _ = evaluate_into(place / "sampled", model, chat, problems, sampled, **names)
+        stages.append(Stage(policy.name, policy.model, own, other, policy.training))
+        correct.append(correct_by_problem(graded))
     return stages, compare(correct[0], correct[-1])
 
 
