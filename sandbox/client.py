@@ -34,6 +34,10 @@ LAST_WORDS_S = 0.02
 """How long to go on reading what a kernel sent before it died."""
 
 
+class CopyError(SandboxError):
+    """A kernel cannot be copied as it is; another way to its state may exist."""
+
+
 @dataclass(frozen=True, slots=True)
 class CellResult:
     """What became of one cell."""
@@ -56,20 +60,18 @@ class Kernel:
         manager: AsyncKernelManager,
         process: KernelProcess,
         server: ForkServer,
-        directory: Path,
         limits: Limits,
     ) -> None:
         self._manager = manager
-        self._process = process
         self._server = server
-        self._own_path = str(directory / "work")
+        self.process = process
         self._limits = limits
         self._client = manager.client(context=manager.context)
 
     @property
     def exited(self) -> asyncio.Future[int | None]:
         """Done when the process has ended."""
-        return self._process.exited
+        return self.process.exited
 
     async def connect(self) -> None:
         """Wait until no output can be missed.
@@ -96,7 +98,7 @@ class Kernel:
         try:
             if not await self._settles(cell, timeout_s):
                 stopped_at = datetime.now(UTC)
-                self._server.signal(self._process, signal.SIGINT)
+                self._server.signal(self.process, signal.SIGINT)
                 if not await self._settles(cell, self._limits.interrupt_grace_s):
                     self.kill()
             if not cell.done():
@@ -116,7 +118,7 @@ class Kernel:
 
     def kill(self) -> None:
         """Kill the kernel and all that it started, without waiting for their end."""
-        self._server.signal(self._process, signal.SIGKILL)
+        self._server.signal(self.process, signal.SIGKILL)
 
     async def shutdown(self) -> None:
         """End the kernel if it lives, and remove its files."""
@@ -155,20 +157,27 @@ class Kernel:
 
     def _without_host_paths(self, text: str) -> str:
         """Say `.` for the session's directory, and the same names for Python's on every machine."""
-        for path, name in {self._own_path: ".", **PYTHON_PATHS}.items():
+        for path, name in {self.process.scratch: ".", **PYTHON_PATHS}.items():
             text = text.replace(path, name)
         return text
 
 
 async def start_kernel(
-    server: ForkServer, context: zmq.asyncio.Context, directory: Path, limits: Limits
+    server: ForkServer,
+    context: zmq.asyncio.Context,
+    directory: Path,
+    limits: Limits,
+    original: Kernel | None = None,
 ) -> Kernel:
-    """Start a kernel in `directory`, which is made for it, and connect to it.
+    """Start a kernel, or copy the `original`, and connect to it.
+
+    Args:
+        directory: made for it, for its sockets.
 
     Raises:
         SandboxError: it did not start.
     """
-    (directory / "work").mkdir(parents=True, mode=0o700)
+    directory.mkdir(mode=0o700)
     manager = AsyncKernelManager(
         context=context,
         transport="ipc",
@@ -178,12 +187,13 @@ async def start_kernel(
         kernel_name="mtpo",
         log=logger,
     )
-    manager.provisioner = provisioner = ForkProvisioner(server, directory, manager)
+    copied = None if original is None else original.process
+    manager.provisioner = provisioner = ForkProvisioner(server, directory, manager, copied)
     kernel = None
     try:
         await manager.start_kernel()
         assert provisioner.process is not None
-        kernel = Kernel(manager, provisioner.process, server, directory, limits)
+        kernel = Kernel(manager, provisioner.process, server, limits)
         await kernel.connect()
     except BaseException:
         await asyncio.shield(manager.shutdown_kernel(now=True) if kernel is None else kernel.shutdown())

@@ -22,6 +22,7 @@ from typing import Any
 from ipykernel.ipkernel import IPythonKernel
 
 from sandbox.excerpt import Excerpt
+from sandbox.limits import Limits
 
 PUBLISH_CHARS = 2000
 PUBLISH_INTERVAL_S = 0.1
@@ -104,10 +105,10 @@ class CellOutput(io.TextIOBase):
             self._kernel.send_response(self._kernel.iopub_socket, "stream", content)
 
 
-def shape_output(kernel: IPythonKernel, max_chars: int) -> None:
+def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     """Make `kernel` show its cells as the model should read them."""
     shell: Any = kernel.shell
-    output = CellOutput(kernel, max_chars)
+    output = CellOutput(kernel, limits.max_output_chars)
     sys.stdout = sys.stderr = output
     shell.events.register("pre_run_cell", lambda info: output.begin_cell())
     shell.events.register("post_run_cell", lambda result: output.end_cell())

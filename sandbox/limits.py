@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from mtpo.errors import InputError
 
-MINIMUM = {"memory_mb": 64, "cpu_s": 1, "max_output_chars": 200, "max_file_mb": 1, "max_open_files": 64}
+MINIMUM = {
+    "memory_mb": 64,
+    "cpu_s": 1,
+    "max_output_chars": 200,
+    "scratch_mb": 1,
+    "max_file_mb": 1,
+    "max_open_files": 64,
+    "max_threads": 0,
+    "max_processes": 0,
+}
 """Below these the kernel itself, without any code of the model, would not run or have nothing to say."""
 
 
@@ -26,10 +35,17 @@ class Limits:
     """CPU seconds over the life of a kernel, all cells together. Beyond it: the kernel is killed."""
     max_output_chars: int = 4000
     """Characters of a cell's output that the model reads: the first half and the last."""
+    scratch_mb: int = 64
+    """Size of all files together, those of the session's forks included, MiB. Beyond it: OSError."""
     max_file_mb: int = 16
     """Size of the largest file, MiB. Beyond it: OSError."""
     max_open_files: int = 256
     """File descriptors; the kernel itself holds about 20, a stock one 50. Beyond it: OSError."""
+    max_threads: int = 256
+    """Threads of the code, those of the session's forks included; a fork itself takes 3. Beyond it:
+    RuntimeError."""
+    max_processes: int = 0
+    """Processes that the code may start, each with `memory_mb` of its own. Beyond it: OSError."""
     startup_timeout_s: float = 30.0
     """Wall seconds for one attempt to start a kernel."""
     interrupt_grace_s: float = 0.5

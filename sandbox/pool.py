@@ -7,19 +7,20 @@ import importlib.util
 import itertools
 import logging
 import os
-import tempfile
 import threading
+import time
 from collections.abc import Coroutine, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import zmq.asyncio
 
 from mtpo.errors import InputError, SandboxError
 from mtpo.trajectory import Execution
-from sandbox.client import Kernel, start_kernel
+from sandbox.client import CopyError, Kernel, start_kernel
+from sandbox.files import pool_directory, remove_tree
+from sandbox.layers import Isolation, wanted_layers
 from sandbox.limits import Limits
-from sandbox.provisioner import remove_tree
 from sandbox.server import ForkServer
 from sandbox.session import Session
 
@@ -27,8 +28,20 @@ logger = logging.getLogger(__name__)
 
 KernelKind = Literal["zygote", "ipykernel"]
 START_ATTEMPTS = 3
-MAX_SOCKET_PATH_BYTES = 107  # sun_path of <sys/un.h>, less its final zero
-LONGEST_SOCKET_NAME = "/mtpo-12345678/1000000/s-5"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether a pool answers."""
+
+    is_healthy: bool
+    seconds: float
+    """How long a fresh session took to answer, the wait for a free kernel included."""
+    num_open: int
+    """Sessions that hold a kernel, the probe not counted."""
+    num_waiting: int
+    """Sessions that wait for one."""
+    error: str | None = None
 
 
 class InterpreterPool:
@@ -44,9 +57,12 @@ class InterpreterPool:
         kernel: "zygote" forks kernels from a process that is warm; "ipykernel" starts stock ones, which
             takes 10 to 20 times as long and as much memory.
         preload: modules that the zygote imports beforehand, so that importing them in a session is free.
+        isolation: "full" refuses to open a pool on a machine that lacks a layer of the sandbox; "available"
+            goes on with one line of warning; "none" leaves only the limits; names of `sandbox.layers.LAYERS`
+            ask for just these.
 
     Raises:
-        InputError: `size`, `kernel` or `preload` is not as described.
+        InputError: `size`, `kernel`, `preload` or `isolation` is not as described.
     """
 
     def __init__(
@@ -56,6 +72,7 @@ class InterpreterPool:
         size: int = 16,
         kernel: KernelKind = "zygote",
         preload: Sequence[str] = ("numpy", "sympy"),
+        isolation: Isolation = "available",
     ) -> None:
         if type(size) is not int or size < 1:
             raise InputError(f"size must be a positive integer, got {size!r}")
@@ -66,6 +83,8 @@ class InterpreterPool:
                 raise InputError(f"preload: there is no module {name!r}")
         self.limits = limits or Limits()
         self.size = size
+        wanted_layers(isolation)
+        self._isolation = isolation
         self._kind = kernel
         self._preload = tuple(preload) if kernel == "zygote" else ()
         self._slots = asyncio.Semaphore(size)
@@ -74,17 +93,24 @@ class InterpreterPool:
         self._numbers = itertools.count()
         self._sessions: set[Session] = set()
         self._background: set[asyncio.Task[None]] = set()
+        self._num_waiting = 0
         self._is_open = False
 
     async def __aenter__(self) -> InterpreterPool:
-        self._directory = Path(tempfile.mkdtemp(prefix="mtpo-", dir=_socket_base()))
+        self._directory = pool_directory()
         self._context = zmq.asyncio.Context()
         self._context.setsockopt(zmq.LINGER, 0)
         # Nobody needs larger messages, and who sends one is cut off before it fills this process's memory.
         self._context.setsockopt(zmq.MAXMSGSIZE, 2**20 + 16 * self.limits.max_output_chars)
-        self._server = ForkServer(self._directory, self.limits, self._kind, self._preload)
-        self._server.start()
+        self._server = ForkServer(self._directory, self.limits, self._kind, self._preload, self._isolation)
+        ready = self._server.start()
         self._is_open = True
+        if self._isolation not in ("available", "none"):
+            try:
+                await asyncio.shield(ready)
+            except BaseException:
+                await self.__aexit__()
+                raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -99,11 +125,26 @@ class InterpreterPool:
     async def _close(self) -> None:
         await self._server.aclose()
         self._context.destroy(linger=0)
-        await remove_tree(self._directory)
+        await asyncio.to_thread(remove_tree, self._directory)
 
     def session(self) -> Session:
         """A new session; its kernel starts with its first cell."""
         return Session(self)
+
+    async def health(self, timeout_s: float = 30.0) -> Health:
+        """Try a cell in a session of its own, which has to answer in time."""
+        num_open, num_waiting = len(self._sessions), self._num_waiting
+        started, error = time.monotonic(), None
+        try:
+            async with asyncio.timeout(timeout_s), self.session() as session:
+                execution = await session.execute("6 * 7", timeout_s)
+                if execution.text != "42":
+                    error = f"6 * 7 gave {execution.text!r}"
+        except TimeoutError:
+            error = f"no answer after {timeout_s:g} s"
+        except SandboxError as failure:
+            error = str(failure)
+        return Health(error is None, time.monotonic() - started, num_open, num_waiting, error)
 
     async def acquire_slot(self, session: Session) -> None:
         """Wait for one of the `size` kernels.
@@ -112,12 +153,24 @@ class InterpreterPool:
             SandboxError: the pool is not open.
         """
         self._check_open()
-        await self._slots.acquire()
+        self._num_waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._num_waiting -= 1
         self._sessions.add(session)
 
     def release_slot(self, session: Session) -> None:
         self._sessions.discard(session)
         self._slots.release()
+
+    @property
+    def layers(self) -> dict[str, str | None]:
+        """For each layer of the sandbox None if it is in force, else why it is not.
+
+        Complete once a kernel has started.
+        """
+        return self._server.layers
 
     async def start_kernel(self) -> Kernel:
         """A fresh kernel.
@@ -126,19 +179,38 @@ class InterpreterPool:
             SandboxError: none would start, also when tried again; or the pool is not open.
         """
         failure = ""
-        async with self._starts:
-            for attempt in range(1, START_ATTEMPTS + 1):
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                return await self._try_start()
+            except (SandboxError, OSError) as error:
+                failure = str(error)
                 self._check_open()
-                directory = self._directory / str(next(self._numbers))
-                try:
-                    async with asyncio.timeout(self.limits.startup_timeout_s):
-                        return await start_kernel(self._server, self._context, directory, self.limits)
-                except TimeoutError:
-                    failure = f"not ready after {self.limits.startup_timeout_s:g} s"
-                except (SandboxError, OSError) as error:
-                    failure = str(error)
-                logger.warning("kernel start %d of %d failed: %s", attempt, START_ATTEMPTS, failure)
+            logger.warning("kernel start %d of %d failed: %s", attempt, START_ATTEMPTS, failure)
         raise SandboxError(f"no kernel would start in {START_ATTEMPTS} attempts: {failure}")
+
+    async def copy_kernel(self, original: Kernel) -> Kernel:
+        """A kernel with the state of `original`, which is between two cells.
+
+        Raises:
+            CopyError: it cannot be had; the message says why.
+            SandboxError: the pool is not open.
+        """
+        try:
+            return await self._try_start(original)
+        except (SandboxError, OSError) as error:
+            self._check_open()
+            raise CopyError(str(error)) from error
+
+    async def _try_start(self, original: Kernel | None = None) -> Kernel:
+        async with self._starts:
+            self._check_open()
+            directory = self._directory / str(next(self._numbers))
+            patience_s = self.limits.startup_timeout_s
+            try:
+                async with asyncio.timeout(patience_s):
+                    return await start_kernel(self._server, self._context, directory, self.limits, original)
+            except TimeoutError:
+                raise SandboxError(f"not ready after {patience_s:g} s") from None
 
     def in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run clean-up that the pool waits for at its end, whoever is cancelled meanwhile."""
@@ -179,17 +251,3 @@ def run_code(code: str, *, timeout_s: float = 5.0) -> Execution:
     if error:
         raise error[0]
     return result[0]
-
-
-def _socket_base() -> str:
-    """A temporary directory short enough for the addresses of sockets.
-
-    Raises:
-        SandboxError: there is none.
-    """
-    room = MAX_SOCKET_PATH_BYTES - len(LONGEST_SOCKET_NAME)
-    candidates = dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"))
-    for base in candidates:
-        if len(os.fsencode(base)) <= room and os.access(base, os.W_OK | os.X_OK):
-            return base
-    raise SandboxError(f"no writable directory of at most {room} bytes for sockets among {list(candidates)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +14,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
+from sandbox.files import remove_tree
 from sandbox.server import STOP_TIMEOUT_S, ForkServer, KernelProcess
 
 
@@ -22,16 +23,24 @@ class ForkProvisioner(KernelProvisionerBase):
 
     Args:
         server: the fork server.
-        directory: of this kernel alone: its sockets, its connection file, its working directory. Removed
-            with the kernel.
+        directory: of this kernel alone, for its sockets and its connection file. Removed with the kernel.
         manager: the manager that it works for.
+        original: the kernel to copy; None for a fresh one.
     """
 
-    def __init__(self, server: ForkServer, directory: Path, manager: AsyncKernelManager) -> None:
+    def __init__(
+        self,
+        server: ForkServer,
+        directory: Path,
+        manager: AsyncKernelManager,
+        original: KernelProcess | None = None,
+    ) -> None:
         super().__init__(parent=manager)
         self._manager = manager
         self._server = server
         self._directory = directory
+        self._original = original
+        self._scratch: Path | None = None
         self.process: KernelProcess | None = None
 
     @property
@@ -76,13 +85,21 @@ class ForkProvisioner(KernelProvisionerBase):
         Raises:
             SandboxError: it did not start.
         """
-        self.process = await self._server.launch(self._directory)
+        connection = self._manager.get_connection_info()
+        as_json = {**connection, "key": self._manager.session.key.decode()}
+        self.process = await self._server.launch(as_json, self._original)
         await self.process.listening
-        return self._manager.get_connection_info()
+        self._scratch = Path(self.process.scratch)
+        return connection
 
     async def cleanup(self, restart: bool = False) -> None:
-        if not restart:
-            await remove_tree(self._directory)
+        if restart:
+            return
+        await asyncio.to_thread(remove_tree, self._directory)
+        if self._scratch is not None and self._scratch.is_relative_to(self._directory.parent):
+            await asyncio.to_thread(remove_tree, self._scratch)
+            with contextlib.suppress(OSError):  # a fork of the session still lives there
+                self._scratch.parent.rmdir()
 
 
 class SandboxKernelSpecs(KernelSpecManager):
@@ -95,8 +112,3 @@ class SandboxKernelSpecs(KernelSpecManager):
 def _exit_code(process: KernelProcess) -> int:
     code = process.exited.result()
     return -signal.SIGKILL if code is None else code
-
-
-async def remove_tree(directory: Path) -> None:
-    """Remove a directory, however much the model has put into it, without holding up the event loop."""
-    await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)

@@ -5,18 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
+import logging
 import os
 import socket
 import subprocess
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mtpo.errors import SandboxError
 from sandbox.confine import scrubbed_environment
+from sandbox.layers import LAYERS, Isolation, judge, wanted_layers
 from sandbox.limits import Limits
-from sandbox.zygote import MAX_PACKET_BYTES, command
+from sandbox.zygote import CHANNELS, MAX_PACKET_BYTES, command
+
+logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
 
@@ -34,21 +42,41 @@ class KernelProcess:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     """Its exit code, as `subprocess` counts them; None if it went down with the fork server."""
+    scratch: str = ""
+    """Its working directory, known once it is listening."""
 
 
 class ForkServer:
-    """One fork server process, restarted when it is found dead. Belongs to one event loop."""
+    """One fork server process with its guardian, restarted when it is found dead. Belongs to one event loop."""
 
-    def __init__(self, directory: Path, limits: Limits, kernel: str, preload: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        limits: Limits,
+        kernel: str = "zygote",
+        preload: tuple[str, ...] = (),
+        isolation: Isolation = "available",
+    ) -> None:
         self._directory = directory
         self._limits = limits
         self._kernel = kernel
         self._preload = preload
+        self._isolation = isolation
+        self._wanted = wanted_layers(isolation)
         self._ids = itertools.count()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
         self._kernels: dict[int, KernelProcess] = {}
+        self._outbox: deque[tuple[bytes, list[int]]] = deque()
+        """Requests that wait until the process has read earlier ones, with descriptors that go along."""
+        self.missing: dict[str, str] = {}
+        """Layers that were tried and cannot be had on this machine, with the reasons."""
+
+    @property
+    def layers(self) -> dict[str, str | None]:
+        """For each layer None if it is in force, else why it is not. Complete once a kernel runs."""
+        return {name: None if name in self._wanted else "switched off" for name in LAYERS} | self.missing
 
     def start(self) -> asyncio.Future[None]:
         """Start the process unless it runs.
@@ -56,8 +84,13 @@ class ForkServer:
         Returns:
             Done when it is ready to fork; a SandboxError when it ended before.
         """
-        if self._ready is not None:
-            return self._ready
+        if self._ready is None:
+            self._ready = asyncio.get_running_loop().create_future()
+            self._ready.add_done_callback(_retrieve)
+            self._spawn()
+        return self._ready
+
+    def _spawn(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         config = {
@@ -67,10 +100,11 @@ class ForkServer:
             "limits": dataclasses.asdict(self._limits),
             "kernel": self._kernel,
             "preload": self._preload,
+            "layers": sorted(self._wanted - set(self.missing)),
         }
         with theirs:
             self._process = subprocess.Popen(
-                command("main", json.dumps(config)),
+                command("guardian", "main", json.dumps(config)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -78,14 +112,16 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C in a terminal is for the owner, who then closes the pool
             )
-        loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
-        self._ready.add_done_callback(_retrieve)
-        loop.add_reader(self._control, self._on_readable)
-        return self._ready
+        asyncio.get_running_loop().add_reader(self._control, self._on_readable)
 
-    async def launch(self, directory: Path) -> KernelProcess:
-        """Start a kernel whose sockets `directory/connection.json` names; `listening` says when they work.
+    async def launch(
+        self, connection: dict[str, Any], original: KernelProcess | None = None
+    ) -> KernelProcess:
+        """Start a kernel; `listening` says when it answers.
+
+        Args:
+            connection: what is in a Jupyter connection file; its sockets are bound here.
+            original: the kernel to copy; None for a fresh one.
 
         Raises:
             SandboxError: the fork server itself would not start.
@@ -94,7 +130,12 @@ class ForkServer:
         process = KernelProcess(next(self._ids))
         process.listening.add_done_callback(_retrieve)
         self._kernels[process.id] = process
-        self._request({"start": process.id, "directory": str(directory)})
+        request = {"start": process.id, "connection": connection}
+        if original is not None:
+            request["fork_of"] = original.id
+        with contextlib.ExitStack() as sockets:
+            listening = [sockets.enter_context(_listen(connection, channel)) for channel in CHANNELS]
+            self._request(request, [each.fileno() for each in listening])
         return process
 
     def signal(self, process: KernelProcess, signum: int) -> None:
@@ -118,34 +159,50 @@ class ForkServer:
                 process.kill()
                 await asyncio.to_thread(process.wait)
 
-    def _request(self, request: dict[str, object]) -> None:
-        if self._control is None:
-            return
-        try:
-            self._control.send(json.dumps(request).encode())
-        except OSError:  # dead, or too stuck to read its mail: either way the reader hears of its end
-            self.kill()
+    def _request(self, request: dict[str, object], fds: Sequence[int] = ()) -> None:
+        if self._control is not None:
+            self._outbox.append((json.dumps(request).encode(), [os.dup(fd) for fd in fds]))
+            self._send_mail()
+
+    def _send_mail(self) -> None:
+        assert self._control is not None
+        loop = asyncio.get_running_loop()
+        while self._outbox:
+            packet, fds = self._outbox[0]
+            try:
+                socket.send_fds(self._control, [packet], fds)
+            except BlockingIOError:
+                return loop.add_writer(self._control, self._send_mail)
+            except OSError:  # it is dead, and the reader is about to hear of it
+                break
+            _close(self._outbox.popleft()[1])
+        loop.remove_writer(self._control)
 
     def _on_readable(self) -> None:
-        assert self._control is not None
+        control = self._control
+        assert control is not None
         with contextlib.suppress(BlockingIOError):
-            while True:
+            while control is self._control:  # an event may end this connection
                 try:
-                    packet = self._control.recv(MAX_PACKET_BYTES)
+                    packet = control.recv(MAX_PACKET_BYTES)
                 except ConnectionError:
                     packet = b""
                 if not packet:
                     return self._lose("the fork server died")
                 self._on_event(json.loads(packet))
 
-    def _on_event(self, event: dict[str, object]) -> None:
+    def _on_event(self, event: dict[str, Any]) -> None:
         match event:
             case {"event": "ready"}:
                 assert self._ready is not None
                 self._ready.set_result(None)
+                _warn_once(judge(self._isolation, self.missing))
+            case {"event": "missing", "reasons": reasons}:
+                self._do_without(reasons)
             case {"event": "failed", "id": None, "error": error}:
                 self._lose(f"the fork server failed: {error}")
-            case {"event": "listening", "id": int(id)} if id in self._kernels:
+            case {"event": "listening", "id": int(id), "directory": directory} if id in self._kernels:
+                self._kernels[id].scratch = directory
                 _resolve(self._kernels[id].listening, None)
             case {"event": "failed", "id": int(id), "error": error} if id in self._kernels:
                 _fail(self._kernels[id].listening, f"the kernel did not start: {error}")
@@ -154,21 +211,58 @@ class ForkServer:
                 _fail(kernel.listening, f"the kernel ended with code {code} while it started")
                 _resolve(kernel.exited, code)
 
+    def _do_without(self, reasons: dict[str, str]) -> None:
+        """Start again with fewer layers, if the policy allows that."""
+        self.missing |= reasons
+        try:
+            judge(self._isolation, self.missing)
+        except SandboxError as error:
+            return self._lose(str(error))
+        self._hang_up()
+        self._spawn()
+
     def _lose(self, reason: str) -> None:
         """The process is gone, or about to be: all that it owned is gone too."""
         if self._control is None:
             return
-        assert self._ready is not None and self._process is not None
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._control)
-        self._control.close()
-        loop.run_in_executor(None, self._process.wait)
+        assert self._ready is not None
+        self._hang_up()
         _fail(self._ready, reason)
         for kernel in self._kernels.values():
             _fail(kernel.listening, reason)
             _resolve(kernel.exited, None)
         self._kernels.clear()
-        self._control = self._ready = self._process = None
+        self._ready = None
+
+    def _hang_up(self) -> None:
+        assert self._control is not None and self._process is not None
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._control)
+        loop.remove_writer(self._control)
+        self._control.close()
+        loop.run_in_executor(None, self._process.wait)
+        while self._outbox:
+            _close(self._outbox.popleft()[1])
+        self._control = self._process = None
+
+
+def _listen(connection: dict[str, Any], channel: str) -> socket.socket:
+    """Open the socket of a channel for a kernel that may not open any."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    listening.bind(f"{connection['ip']}-{connection[f'{channel}_port']}")
+    listening.listen()
+    return listening
+
+
+@functools.cache
+def _warn_once(text: str | None) -> None:
+    if text is not None:
+        logger.warning(text)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _resolve(future: asyncio.Future, value: object) -> None:

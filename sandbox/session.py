@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mtpo.errors import InputError, SandboxError
 from mtpo.trajectory import Execution
-from sandbox.client import CellResult, Kernel
+from sandbox.client import CellResult, CopyError, Kernel
 
 if TYPE_CHECKING:
     from sandbox.pool import InterpreterPool
@@ -72,10 +72,14 @@ class Session:
             return execution
 
     async def fork(self) -> Session:
-        """An independent session with the same state, made by running the cells once more.
+        """An independent session with the same state: variables, imports, files, random numbers to come.
+
+        The kernel forks itself. Where it cannot (a stock kernel, threads of the model's own, no seccomp
+        supervisor), the cells are run once more in a fresh one, and have to do again what they did. Two
+        things stay shared, as in every fork: files that are open, and the room for files.
 
         Raises:
-            SandboxError: a cell does not do again what it did, so the state cannot be had a second time.
+            SandboxError: neither way led to the same state, or the session was closed.
             InputError: the pool has room for one kernel only, which this session holds.
         """
         if self._pool.size < 2:
@@ -84,14 +88,8 @@ class Session:
             self._forget_dead_kernel()
             twin = self._pool.session()
             try:
-                for number, (cell, timeout_s) in enumerate(self._cells, start=1):
-                    if cell.status != "timeout":
-                        again = await twin.execute(cell.code, timeout_s * REPLAY_PATIENCE)
-                        if (again.status, again.text) == (cell.status, cell.text):
-                            continue
-                    raise SandboxError(
-                        f"the session's state cannot be copied because cell {number} is not deterministic"
-                    )
+                if self._kernel is not None:
+                    await twin._copy(self._kernel, self._cells)
             except BaseException:
                 await twin.close()
                 raise
@@ -107,14 +105,31 @@ class Session:
             self._has_slot = False
             self._pool.release_slot(self)
 
-    async def _running_kernel(self) -> Kernel:
+    async def _copy(self, kernel: Kernel, cells: list[tuple[Execution, float]]) -> None:
+        """Get the state that `kernel` has from running `cells`."""
+        try:
+            await self._running_kernel(original=kernel)
+            self._cells = list(cells)
+        except CopyError as error:
+            for number, (cell, timeout_s) in enumerate(cells, start=1):
+                if cell.status != "timeout":
+                    again = await self.execute(cell.code, timeout_s * REPLAY_PATIENCE)
+                    if (again.status, again.text) == (cell.status, cell.text):
+                        continue
+                raise SandboxError(
+                    f"the session's state cannot be copied ({error}), nor made again because cell {number} "
+                    "is not deterministic"
+                ) from error
+
+    async def _running_kernel(self, original: Kernel | None = None) -> Kernel:
         if self._ending is not None:
             await asyncio.shield(self._ending)
         if not self._has_slot and not self._is_closed:
             await self._pool.acquire_slot(self)
             self._has_slot = True
         if self._kernel is None and not self._is_closed:
-            self._kernel = await self._pool.start_kernel()
+            start = self._pool.start_kernel() if original is None else self._pool.copy_kernel(original)
+            self._kernel = await start
         if self._kernel is None or self._is_closed:
             await self.close()  # again: for what has started since
             raise SandboxError("the session is closed")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import pytest
 from mtpo.errors import InputError, SandboxError
 from sandbox import InterpreterPool, Limits
 from sandbox.pool import KernelKind
+from tests.processes import is_alive, kernels_of, processes_of, wait_until_gone
 
 ROOT = Path(__file__).resolve().parents[1]
 both_kernels = pytest.mark.parametrize("kernel", ["zygote", "ipykernel"])
-PID = "import os\nos.getpid()"
 
 
 @pytest.fixture
@@ -28,23 +27,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as directory:
         monkeypatch.setattr(tempfile, "tempdir", directory)
         yield Path(directory)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-async def wait_until_gone(pids: list[int], directory: Path | None = None, within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(map(is_alive, pids)) and (directory is None or not list(directory.iterdir())):
-            return
-        await asyncio.sleep(0.02)
-    alive = [pid for pid in pids if is_alive(pid)]
-    pytest.fail(f"left behind: processes {alive}, files {list(directory.iterdir()) if directory else []}")
 
 
 @both_kernels
@@ -143,13 +125,15 @@ async def test_preload_that_starts_a_thread_is_refused(tmp_path: Path) -> None:
         "import threading, time\nthreading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
     )
     script = f"""
-        import sys
+        import os, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]
-        from pathlib import Path
+        from sandbox.confine import Confinement
         from sandbox.limits import Limits
         from sandbox.zygote import Zygote
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+        confinement = Confinement(frozenset(), Limits(), {str(tmp_path)!r}, [], proc)
         try:
-            Zygote(None, Limits(), is_stock=False).prepare(Path({str(tmp_path)!r}), ["threaded"])
+            Zygote(None, confinement, is_stock=False).prepare(["threaded"])
         except RuntimeError as error:
             print(error, file=sys.__stdout__)
     """
@@ -161,23 +145,24 @@ async def test_preload_that_starts_a_thread_is_refused(tmp_path: Path) -> None:
 @both_kernels
 async def test_secrets_of_the_owner_stay_outside(kernel: KernelKind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    cell = "import os\nopen('/proc/self/environ').read() + repr(os.environ)"
-    async with InterpreterPool(kernel=kernel, preload=()) as pool:
-        text = (await pool.session().execute(cell)).text
+    async with InterpreterPool(kernel=kernel, preload=()) as pool, pool.session() as session:
+        text = (await session.execute("import os\nrepr(os.environ)")).text
+        [pid] = kernels_of(pool)
+        assert "secret" not in Path(f"/proc/{pid}/environ").read_text()
     assert "HOME" in text
     assert "secret" not in text
 
 
 @both_kernels
 async def test_files_of_the_owner_stay_outside(kernel: KernelKind, tmp_path: Path) -> None:
-    cell = "import os\nfor fd in os.listdir('/proc/self/fd')[:-1]: print(os.readlink(f'/proc/self/fd/{fd}'))"
     with open(tmp_path / "private", "w") as file:
         os.set_inheritable(file.fileno(), True)
-        async with InterpreterPool(kernel=kernel, preload=()) as pool:
-            text = (await pool.session().execute(cell)).text
-    kinds = {link.partition(":")[0] for link in text.splitlines()[3:]}
-    assert text.splitlines()[:3] == ["/dev/null"] * 3
-    assert kinds <= {"socket", "anon_inode", "pipe"}
+        async with InterpreterPool(kernel=kernel, preload=()) as pool, pool.session() as session:
+            await session.execute("1")
+            [pid] = kernels_of(pool)
+            links = {int(fd.name): os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    assert [links.pop(fd) for fd in range(3)] == ["/dev/null"] * 3
+    assert {link.partition(":")[0] for link in links.values()} <= {"socket", "anon_inode", "pipe"}
 
 
 @both_kernels
@@ -225,12 +210,15 @@ async def test_an_exception_leaves_nothing_behind(kernel: KernelKind, base: Path
     with pytest.raises(ZeroDivisionError):
         async with InterpreterPool(kernel=kernel, preload=()) as pool:
             sessions = [pool.session() for _ in range(2)]
-            pids += [int((await session.execute(PID)).text) for session in sessions]
+            for session in sessions:
+                await session.execute("1")
+            pids += processes_of(pool)
             running = asyncio.ensure_future(sessions[0].execute("while True: pass", timeout_s=60))
             await asyncio.sleep(0.1)
             raise ZeroDivisionError
     with pytest.raises(SandboxError, match="closed"):
         await running
+    assert len(pids) == 4
     await wait_until_gone(pids, base, within_s=0.1)
 
 
@@ -264,12 +252,14 @@ async def test_nothing_outlives_a_killed_owner(kernel: KernelKind, base: Path) -
         sys.path.insert(0, {str(ROOT)!r})
         tempfile.tempdir = {str(base)!r}
         from sandbox import InterpreterPool
+        from tests.processes import processes_of
 
         async def main():
             async with InterpreterPool(kernel={kernel!r}, preload=()) as pool:
                 sessions = [pool.session(), pool.session()]
-                pids = [(await session.execute("import os\\nos.getpid()")).text for session in sessions]
-                print(pool._server._process.pid, *pids, flush=True)
+                for session in sessions:
+                    await session.execute("1")
+                print(*processes_of(pool), flush=True)
                 await sessions[0].execute("while True: pass", timeout_s=600)
 
         asyncio.run(main())
@@ -279,31 +269,31 @@ async def test_nothing_outlives_a_killed_owner(kernel: KernelKind, base: Path) -
     )
     assert owner.stdout is not None
     pids = [int(pid) for pid in (await asyncio.wait_for(owner.stdout.readline(), 60)).split()]
-    assert len(pids) == 3 and all(map(is_alive, pids)) and len(list(base.iterdir())) == 1
+    assert len(pids) == 4 and all(map(is_alive, pids)) and len(list(base.iterdir())) == 1
     owner.kill()
     await owner.wait()
     await wait_until_gone(pids, base)
 
 
 @both_kernels
-async def test_a_killed_fork_server_is_replaced(kernel: KernelKind) -> None:
+@pytest.mark.parametrize("victim", [0, 1], ids=["guardian", "fork server"])
+async def test_a_killed_fork_server_is_replaced(kernel: KernelKind, victim: int) -> None:
     async with InterpreterPool(kernel=kernel, preload=()) as pool, pool.session() as session:
-        pid = int((await session.execute("x = 1\n" + PID)).text)
+        await session.execute("x = 1")
+        pids = processes_of(pool)
         running = asyncio.ensure_future(session.execute("while True: pass", timeout_s=60))
         await asyncio.sleep(0.1)
-        assert pool._server._process is not None
-        os.kill(pool._server._process.pid, signal.SIGKILL)
+        os.kill(pids[victim], signal.SIGKILL)
         execution = await asyncio.wait_for(running, 10)
         assert execution.status == "died"
-        await wait_until_gone([pid])
+        await wait_until_gone(pids)
         assert (await session.execute("'x' in globals()")).text == "False"
 
 
 async def test_a_hung_fork_server_is_replaced() -> None:
     async with InterpreterPool(Limits(startup_timeout_s=1.0), preload=()) as pool:
         await pool.session().execute("1")
-        assert pool._server._process is not None
-        os.kill(pool._server._process.pid, signal.SIGSTOP)
+        os.kill(processes_of(pool)[1], signal.SIGSTOP)
         assert (await asyncio.wait_for(pool.session().execute("2"), 30)).text == "2"
 
 
@@ -317,8 +307,23 @@ async def test_a_long_temporary_directory_is_no_obstacle(
         assert (await pool.session().execute("1")).text == "1"
 
 
-async def test_forking_needs_a_second_kernel() -> None:
-    async with InterpreterPool(size=1, preload=()) as pool, pool.session() as session:
-        await session.execute("1")
-        with pytest.raises(InputError, match="size"):
-            await session.fork()
+async def test_health_says_whether_a_session_answers() -> None:
+    async with InterpreterPool(size=2, preload=()) as pool:
+        async with pool.session() as one:
+            await one.execute("1")
+            health = await pool.health()
+            assert (health.is_healthy, health.num_open, health.num_waiting, health.error) == (
+                True,
+                1,
+                0,
+                None,
+            )
+            async with pool.session() as two:
+                await two.execute("1")
+                waiting = asyncio.ensure_future(pool.session().execute("1"))
+                await asyncio.sleep(0.01)
+                health = await pool.health(timeout_s=0.2)
+                assert (health.is_healthy, health.num_open, health.num_waiting) == (False, 2, 1)
+                assert health.error == "no answer after 0.2 s"
+            await waiting
+    assert not (await pool.health()).is_healthy
