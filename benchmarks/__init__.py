@@ -1,0 +1,1 @@
+"""Ratios against named peers, each with one command."""

@@ -1,0 +1,206 @@
+"""The benchmarks run, say what they should, and are not fooled."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.figures import Figures, quantile_ms
+from benchmarks.maths import WrongAnswerError, check_answers, maths_trajectories
+from benchmarks.processes import cpu_s, descendants, private_mib, pss_mib, rss_mib
+from benchmarks.sandbox import OURS, PAPER, STOCK, bars, table
+from benchmarks.sandbox_soak import Tally, checks, quarters
+from mtpo.trajectory import Execution
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(module: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def figures(**changes: float | None) -> Figures:
+    values = {
+        "sessions_per_s": 36.0,
+        "executions_per_s": 108.0,
+        "cpu_ms_per_execution": 15.0,
+        "first_p50_ms": 20.0,
+        "first_p95_ms": 25.0,
+        "first_sympy_p50_ms": 40.0,
+        "warm_p50_ms": 2.0,
+        "close_p50_ms": 5.0,
+        "private_mib_per_session": 14.0,
+        "base_pss_mib": 130.0,
+        "fork_p50_ms": 12.0,
+    }
+    return Figures(**(values | changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_known_answers_are_those_of_plain_python() -> None:
+    trajectories = maths_trajectories(30, 6, seed=5)
+    assert [t.kind for t in trajectories[:4]] == ["plain", "numpy", "sympy", "plain"]
+    for trajectory in trajectories:
+        state: dict = {}
+        for cell in trajectory.cells:
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(cell.code, state)
+            assert output.getvalue() == cell.text + "\n", cell.code
+
+
+def test_later_cells_need_the_state_of_earlier_ones() -> None:
+    for trajectory in maths_trajectories(30, 6, seed=6):
+        for cell in trajectory.cells[1:]:
+            with pytest.raises(NameError), contextlib.redirect_stdout(io.StringIO()):
+                exec(cell.code, {})
+
+
+def test_the_seed_alone_decides() -> None:
+    assert maths_trajectories(6, 3, seed=1) == maths_trajectories(6, 3, seed=1)
+    assert maths_trajectories(6, 3, seed=1) != maths_trajectories(6, 3, seed=2)
+
+
+def test_a_wrong_answer_stops_the_comparison() -> None:
+    trajectories = maths_trajectories(1, 2, seed=0)
+    right = [[cell.text for cell in trajectories[0].cells]]
+    check_answers(right, trajectories)
+    with pytest.raises(WrongAnswerError, match="showed '0', but the answer is"):
+        check_answers([[right[0][0], "0"]], trajectories)
+
+
+def test_a_process_is_seen_with_all_that_it_started() -> None:
+    child = (
+        "import subprocess\np = subprocess.Popen(['sleep', '10'])\nx = b'1' * 2**25\n"
+        "print(p.pid, flush=True)\np.wait()"
+    )
+    before = set(descendants(os.getpid()))
+    with subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        grandchild = int(process.stdout.readline())
+        assert set(descendants(os.getpid())) - before == {process.pid, grandchild}
+        assert 32 < private_mib(process.pid) < pss_mib(process.pid) < rss_mib(process.pid) < 100
+        os.kill(grandchild, 9)
+    assert set(descendants(os.getpid())) == before
+    assert private_mib(process.pid) == 0.0
+
+
+def test_cpu_time_of_the_dead_counts() -> None:
+    before = cpu_s(os.getpid())
+    spin = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    assert 0.25 < cpu_s(os.getpid()) - before < 1.0
+
+
+def test_quantiles_are_values_that_were_measured() -> None:
+    times = [0.004, 0.001, 0.003, 0.002]
+    assert [quantile_ms(times, q) for q in (0.5, 0.75, 0.95)] == [2.0, 3.0, 4.0]
+    assert quantile_ms([0.007], 0.5) == 7.0
+
+
+def test_the_better_of_two_rounds_is_taken_figure_by_figure() -> None:
+    one = figures(sessions_per_s=30.0, first_p50_ms=18.0, private_mib_per_session=13.0, fork_p50_ms=None)
+    two = figures(sessions_per_s=40.0, first_p50_ms=22.0, private_mib_per_session=14.0, fork_p50_ms=None)
+    best = figures(sessions_per_s=40.0, first_p50_ms=18.0, private_mib_per_session=13.0, fork_p50_ms=None)
+    assert one.better(two) == two.better(one) == best
+
+
+def test_bars_hold_at_their_value_and_not_beyond() -> None:
+    stock = figures(sessions_per_s=4.0, first_p50_ms=300.0)
+    paper = figures(sessions_per_s=25.0)
+    found = {
+        name: (value, is_held)
+        for name, value, _, is_held in bars({OURS: figures(), STOCK: stock, PAPER: paper})
+    }
+    assert found == {
+        "sessions/s, times stock ipykernel's >=": (9.0, True),
+        "sessions/s, times the paper's executor's >=": (1.44, True),
+        "first result p50, of stock ipykernel's <=": (pytest.approx(1 / 15), True),
+        "private MiB per session <=": (14.0, True),
+        "fork p50 ms <=": (12.0, True),
+    }
+    slow = figures(sessions_per_s=34.9, first_p50_ms=20.1, private_mib_per_session=15.1, fork_p50_ms=30.1)
+    assert not any(is_held for *_, is_held in bars({OURS: slow, STOCK: stock, PAPER: paper}))
+
+
+def test_a_peer_that_fails_is_named_and_not_compared() -> None:
+    lines = list(table({STOCK: figures(), PAPER: "ValueError: no"}))
+    assert lines[-1] == f"{PAPER}: not measured: ValueError: no"
+    assert not any(PAPER in line for line in lines[:-1])
+
+
+def test_impossible_numbers_are_refused() -> None:
+    done = run("benchmarks.sandbox", "--turns", "1")
+    assert done.returncode == 2
+    assert done.stderr.endswith("argument --turns: must be at least 2, got 1\n")
+
+
+def test_the_comparison_runs_and_prints_every_peer(tmp_path: Path) -> None:
+    peers = ["ours, no isolation", PAPER, STOCK, "python -c per call"]
+    tiny = ["--trajectories", "3", "--turns", "2", "--samples", "1", "--rounds", "1", "--concurrency", "2"]
+    done = run("benchmarks.sandbox", *tiny, "--json", str(tmp_path / "f.json"), "--peers", *peers)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "f.json").read_text())["figures"]
+    assert list(measured) == peers
+    rows = {line[:24].strip(): line[24:].split() for line in done.stdout.splitlines()[2:]}
+    for name in ("sessions/s", "executions/s", "cpu ms/execution", "first p50 ms", "warm p50 ms"):
+        assert len(rows[name]) == 4 and all(float(value) > 0 for value in rows[name]), name
+    assert [value == "-" for value in rows["private MiB/session"]] == [False, True, False, True]
+    assert [value == "-" for value in rows["fork p50 ms"]] == [False, True, True, True]
+
+
+def test_many_sessions_open_answer_and_are_gone() -> None:
+    done = run("benchmarks.sandbox", "--open", "12", "--isolation", "none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "opened 12 sessions" in done.stdout and "; 0 wrong answers" in done.stdout
+    assert "left behind: nothing" in done.stdout
+
+
+def test_the_soak_runs_and_every_answer_is_right() -> None:
+    done = run(
+        "benchmarks.sandbox_soak", "--executions", "200", "--size", "4", "--kills", "5", "--isolation", "none"
+    )
+    assert re.search(r"^ok      no wrong answer and no silent loss: 0 of 2\d\d$", done.stdout, re.M), (
+        done.stdout
+    )
+    assert re.search(r"^ok      losses were told: \d+ after \d+ kernels", done.stdout, re.M), done.stdout
+    assert re.search(r"descriptors of the owner flat: \d+ in the first", done.stdout), done.stdout
+    assert re.search(r"^ok      nothing left behind: nothing$", done.stdout, re.M), done.stdout
+    assert (done.returncode == 0) == ("FAILED" not in done.stdout)
+
+
+def test_the_soak_tells_a_loss_that_was_told_from_one_that_was_not() -> None:
+    tally = Tally(num_planned=10)
+    assert tally.note(Execution("print(x)", "5", "ok", 0.0), "5")
+    assert not tally.note(Execution("print(x)", "[died; all variables are gone]", "died", 0.0), "5")
+    assert not tally.surprises
+    assert not tally.note(Execution("print(x)", "NameError: name 'x' is not defined", "error", 0.0), "5")
+    assert len(tally.surprises) == 1
+
+
+def test_the_soak_sees_leaks() -> None:
+    tally = Tally(num_planned=8, samples=[(100.0, 50)] * 4 + [(111.0, 59)] * 4)
+    tally.counts.update({"losses told": 1, "killed kernels": 1})
+    assert [is_kept for is_kept, _ in checks(tally, [])] == [True, True, True, False, False, True]
+    tally.samples[4:] = [(110.0, 58)] * 4
+    assert [is_kept for is_kept, _ in checks(tally, [123])] == [True, True, True, True, True, False]
+    assert quarters([1, 1, 9, 9, 9, 9, 2, 2]) == (1, 2)
+
+
+def commands() -> list[str]:
+    text = (ROOT / "benchmarks" / "README.md").read_text() + (ROOT / "docs" / "results.md").read_text()
+    return re.findall(r"python -m (benchmarks\.\w+[^\n`#]*)", text)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_shown_are_commands_that_exist(command: str) -> None:
+    name, *argv = shlex.split(command)
+    importlib.import_module(name).parse(argv)
