@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import syscalls, view
+from sandbox.cgroup import remove_cgroup
 from sandbox.confine import Confinement, move_home, new_user_namespace
 from sandbox.files import remove_tree
 from sandbox.limits import Limits
@@ -54,6 +55,8 @@ def main() -> None:
         _kill_the_rest()
         if os.getppid() != config["parent_pid"]:  # else the owner may have plans for the directory
             remove_tree(Path(config["directory"]))
+            if config["cgroup"]:
+                remove_cgroup(Path(config["cgroup"]))
 
 
 def _serve(sandbox: Sandbox, control: socket.socket, config: dict[str, Any]) -> NoReturn:

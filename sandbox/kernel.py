@@ -27,6 +27,7 @@ from traitlets.config import Config
 from zmq.eventloop.zmqstream import ZMQStream
 
 from mtpo.errors import SandboxError
+from sandbox.cgroup import join
 from sandbox.confine import Confinement, die_with, move_home
 from sandbox.display import shape_output
 from sandbox.limits import Limits
@@ -148,16 +149,19 @@ class ForkedKernelApp(SandboxKernelApp):
 
     def _be_copy(self, request: dict[str, Any], line: socket.socket, fds: list[int]) -> NoReturn:
         """Make the process, which still shares much with its original, independent, and answer to the end."""
+        line_fd, *listening = fds[: 1 + len(CHANNELS)]
         try:
             _await_parent(request["parent_pid"])
             os.setpgid(0, 0)
-            _close_sockets_but(fds)
+            for fd in fds[1 + len(CHANNELS) :]:
+                join(fd)
+            _close_sockets_but([line_fd, *listening])
             here = Path.cwd()
             directory = here.parent / str(request["start"])
             shutil.copytree(here, directory, symlinks=True)
             move_home(directory)
             tempfile.tempdir = None
-            self.use_sockets(request["connection"], fds[1:])
+            self.use_sockets(request["connection"], listening)
             self.connect()
             send(line, event="listening")
             self.run(line)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpo.errors import SandboxError
+from sandbox.cgroup import Cgroups
 from sandbox.confine import scrubbed_environment
 from sandbox.layers import LAYERS, Isolation, judge, wanted_layers
 from sandbox.limits import Limits
@@ -68,6 +69,7 @@ class ForkServer:
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
         self._kernels: dict[int, KernelProcess] = {}
+        self._cgroups: Cgroups | None = None
         self._outbox: deque[tuple[bytes, list[int]]] = deque()
         """Requests that wait until the process has read earlier ones, with descriptors that go along."""
         self.missing: dict[str, str] = {}
@@ -87,8 +89,22 @@ class ForkServer:
         if self._ready is None:
             self._ready = asyncio.get_running_loop().create_future()
             self._ready.add_done_callback(_retrieve)
-            self._spawn()
+            try:
+                self._make_cgroups()
+            except SandboxError as error:
+                _fail(self._ready, str(error))
+            else:
+                self._spawn()
         return self._ready
+
+    def _make_cgroups(self) -> None:
+        if "cgroup" not in self._wanted or self._cgroups is not None:
+            return
+        try:
+            self._cgroups = Cgroups(self._limits)
+        except OSError as error:
+            self.missing["cgroup"] = str(error)
+            judge(self._isolation, self.missing)
 
     def _spawn(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -101,6 +117,7 @@ class ForkServer:
             "kernel": self._kernel,
             "preload": self._preload,
             "layers": sorted(self._wanted - set(self.missing)),
+            "cgroup": None if self._cgroups is None else str(self._cgroups.path),
         }
         with theirs:
             self._process = subprocess.Popen(
@@ -135,7 +152,11 @@ class ForkServer:
             request["fork_of"] = original.id
         with contextlib.ExitStack() as sockets:
             listening = [sockets.enter_context(_listen(connection, channel)) for channel in CHANNELS]
-            self._request(request, [each.fileno() for each in listening])
+            fds = [each.fileno() for each in listening]
+            if self._cgroups is not None:
+                fds.append(self._cgroups.make(process.id))
+                sockets.callback(os.close, fds[-1])
+            self._request(request, fds)
         return process
 
     def signal(self, process: KernelProcess, signum: int) -> None:
@@ -158,6 +179,8 @@ class ForkServer:
             except subprocess.TimeoutExpired:
                 process.kill()
                 await asyncio.to_thread(process.wait)
+        if self._cgroups is not None:
+            self._cgroups.close()
 
     def _request(self, request: dict[str, object], fds: Sequence[int] = ()) -> None:
         if self._control is not None:
@@ -210,6 +233,8 @@ class ForkServer:
                 kernel = self._kernels.pop(id)
                 _fail(kernel.listening, f"the kernel ended with code {code} while it started")
                 _resolve(kernel.exited, code)
+                if self._cgroups is not None:
+                    self._cgroups.remove(id)
 
     def _do_without(self, reasons: dict[str, str]) -> None:
         """Start again with fewer layers, if the policy allows that."""

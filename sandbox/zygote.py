@@ -4,7 +4,7 @@ It imports what every session needs, before it has a thread or an event loop, an
 It hears of a kernel's end from its pidfd, and of its owner's end from the closed control socket.
 
 Requests of the owner, one JSON object a packet, the first two with the descriptors of the kernel's three
-listening sockets:
+listening sockets, and of its cgroup if it has one:
     {"start": id, "connection"}, {"start": id, "connection", "fork_of": id}, {"signal": number, "id": id}.
 Events: {"event": "ready" | "missing" | "listening" | "failed" | "exited", "id", "reasons", "directory",
 "error", "code"}.
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import seccomp
+from sandbox.cgroup import join
 from sandbox.confine import Confinement
 
 CHANNELS = ("shell", "iopub", "control")
@@ -190,6 +191,9 @@ class Zygote:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             confinement = self._confinement.of_family(request["start"])
             directory = Path(confinement.scratch) / str(request["start"])
+            fds, cgroups = fds[: len(CHANNELS)], fds[len(CHANNELS) :]
+            for fd in cgroups:
+                join(fd)
             statm = confinement.enter(directory, zygote_pid, keep_fds=[line.fileno(), *fds])
             if self._is_stock:
                 self._exec_stock(confinement, request, line, fds, statm)
