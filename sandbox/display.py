@@ -7,6 +7,7 @@ one ordered stream. So one cap holds for all of it, before it costs memory or re
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import linecache
 import os
@@ -68,6 +69,15 @@ class CellOutput(io.TextIOBase):
         """Write `text` on lines of its own."""
         self.write(("\n" if self._is_line_open else "") + text + "\n")
 
+    def warn(self, text: str) -> None:
+        """Keep a warning for the end of the cell, where it parts no output."""
+        self._warnings[text] = None
+
+    def write_warnings(self) -> None:
+        for text in self._warnings:
+            self.write_line(text)
+        self._warnings = {}
+
     def flush(self) -> None:
         self._publish()
 
@@ -76,13 +86,15 @@ class CellOutput(io.TextIOBase):
         with self._lock:
             self._owner_pid = os.getpid()
             self._excerpt = Excerpt(self._max_chars)
+            self._warnings: dict[str, None] = {}
             self._pending: list[str] = []
             self._num_pending = 0
             self._is_line_open = False
             self._publish_at = time.monotonic() + PUBLISH_INTERVAL_S
 
     def end_cell(self) -> None:
-        """Send the tail that was held back."""
+        """Send what was held back."""
+        self.write_warnings()
         num_cut, tail = self._excerpt.take_tail()
         self._publish(num_cut, tail)
 
@@ -127,7 +139,9 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
             return
         if isinstance(error, KeyboardInterrupt):
             output.mute_other_threads()
-        output.write_line(describe_error(error, trace, shell.execution_count - 1))
+        output.write_warnings()
+        summary = describe_error(error, trace, shell.execution_count - 1)
+        output.write_line(summary + limit_note(error, limits))
         kernel.send_response(
             kernel.iopub_socket, "error", {"ename": error_type.__name__, "evalue": "", "traceback": []}
         )
@@ -147,9 +161,7 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     for category in QUIET_WARNINGS:
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", message="To exit: use")
-    warnings.showwarning = lambda message, category, *args: output.write_line(
-        f"{category.__name__}: {message}"
-    )
+    warnings.showwarning = lambda message, category, *args: output.warn(f"{category.__name__}: {message}")
 
 
 def describe_error(error: BaseException, trace: TracebackType | None, current_cell: int) -> str:
@@ -168,6 +180,26 @@ def describe_error(error: BaseException, trace: TracebackType | None, current_ce
     source = linecache.getline(filename, line).strip()[:MAX_SOURCE_CHARS]
     cell = "" if filename == f"<cell {current_cell}>" else f" of {filename[1:-1]}"
     return f"Line {line}{cell}: {source}\n{summary}"
+
+
+def limit_note(error: BaseException, limits: Limits) -> str:
+    """What the model should know of its limits, if one of them is what it ran into."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError):
+        note = f"the limit is {limits.memory_mb} MiB of memory"
+    elif isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        note = f"the limit is {limits.max_threads} threads"
+    elif number == errno.EFBIG:
+        note = f"the limit is {limits.max_file_mb} MiB a file"
+    elif number == errno.ENOSPC:
+        note = f"the limit is {limits.scratch_mb} MiB for all files"
+    elif number == errno.EMFILE:
+        note = f"the limit is {limits.max_open_files} open files"
+    elif number == errno.EPERM:
+        note = "the sandbox does not allow it"
+    else:
+        return ""
+    return f" [{note}]"
 
 
 def _message(error: BaseException) -> str:

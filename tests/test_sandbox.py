@@ -89,6 +89,10 @@ async def test_execution_says_what_ran_and_how_it_went(session: Session) -> None
         ("print('\\ud800')", "?"),
         ("print('\ud800')", "?"),
         ("import warnings\nwarnings.warn('careful')", "UserWarning: careful"),
+        (
+            "print('a')\nfor _ in 'ab': warnings.warn('careful')\nprint('b')\n3",
+            "a\nb\n3\nUserWarning: careful",
+        ),
         ("eval('1 is 1')", "True"),
         ("print('a')\nexit()\nprint('b')", "a"),
         ("import os\nos.getcwd()", "'.'"),
@@ -110,6 +114,9 @@ async def test_cell_reads_as(shared: Session, code: str, text: str) -> None:
         ("if True:\nx = 1", "Line 2: x = 1\nIndentationError: expected an indented block after 'if' statement on line 1"),  # noqa: E501
         ("exec('y = (')", "Line 1: exec('y = (')\nSyntaxError: '(' was never closed"),
         ("raise ValueError", "Line 1: raise ValueError\nValueError"),
+        ("import warnings\nwarnings.warn('w')\nprint(1)\n1 / 0", "1\nUserWarning: w\nLine 4: 1 / 0\nZeroDivisionError: division by zero"),  # noqa: E501
+        ("x = bytearray(2**34)", "Line 1: x = bytearray(2**34)\nMemoryError [the limit is 1024 MiB of memory]"),
+        ("open('f', 'wb').write(bytes(17 * 2**20))", "Line 1: open('f', 'wb').write(bytes(17 * 2**20))\nOSError: [Errno 27] File too large [the limit is 16 MiB a file]"),  # noqa: E501
         ("{}['k']", "Line 1: {}['k']\nKeyError: 'k'"),
         ("from json import nothing", "Line 1: from json import nothing\nImportError: cannot import name 'nothing' from 'json'"),  # noqa: E501
         ("import sys\nsys.exit('no')", "Line 2: sys.exit('no')\nSystemExit: no"),

@@ -31,20 +31,38 @@ def base(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 @both_kernels
 async def test_each_limit_holds(kernel: KernelKind) -> None:
-    limits = Limits(memory_mb=128, cpu_s=3, max_file_mb=1, max_open_files=100)
+    limits = Limits(memory_mb=128, cpu_s=3, max_file_mb=1, max_open_files=100, scratch_mb=3, max_threads=20)
     async with InterpreterPool(limits, kernel=kernel, preload=()) as pool, pool.session() as session:
         small = (
             "open('f', 'wb').write(b'0' * 2**20)\n[open('f') for _ in range(20)]\na = bytearray(60 * 2**20)"
         )
         assert (await session.execute(small, timeout_s=30)).status == "ok"
         for code, error in (
-            ("b = bytearray(160 * 2**20)", "MemoryError"),
-            ("open('f', 'wb').write(b'0' * 2**21)", "OSError: [Errno 27] File too large"),
-            ("[open('f') for _ in range(100)]", "OSError: [Errno 24] Too many open files"),
+            ("b = bytearray(160 * 2**20)", "MemoryError [the limit is 128 MiB of memory]"),
+            (
+                "open('f', 'wb').write(b'0' * 2**21)",
+                "OSError: [Errno 27] File too large [the limit is 1 MiB a file]",
+            ),
+            (
+                "for i in range(4): open(f'f{i}', 'wb').write(b'0' * 2**20)",
+                "OSError: [Errno 28] No space left on device [the limit is 3 MiB for all files]",
+            ),
+            (
+                "[open('f') for _ in range(100)]",
+                "OSError: [Errno 24] Too many open files: 'f' [the limit is 100 open files]",
+            ),
+            (
+                "import threading\nfor _ in range(50): threading.Thread(target=threading.Event().wait).start()",
+                "RuntimeError: can't start new thread [the limit is 20 threads]",
+            ),
+            (
+                "import os\nos.fork()",
+                "PermissionError: [Errno 1] Operation not permitted [the sandbox does not allow it]",
+            ),
         ):
             execution = await session.execute(code, timeout_s=30)
             assert execution.status == "error"
-            assert execution.text.splitlines()[-1].startswith(error), execution.text
+            assert execution.text.splitlines()[-1] == error
         assert (await session.execute("import resource as r\nr.getrlimit(r.RLIMIT_CORE)")).text == "(0, 0)"
         execution = await session.execute("while True: pass", timeout_s=60)
         assert (execution.status, execution.seconds < 20) == ("died", True)
@@ -308,22 +326,21 @@ async def test_a_long_temporary_directory_is_no_obstacle(
 
 
 async def test_health_says_whether_a_session_answers() -> None:
-    async with InterpreterPool(size=2, preload=()) as pool:
-        async with pool.session() as one:
-            await one.execute("1")
-            health = await pool.health()
-            assert (health.is_healthy, health.num_open, health.num_waiting, health.error) == (
-                True,
-                1,
-                0,
-                None,
-            )
-            async with pool.session() as two:
-                await two.execute("1")
-                waiting = asyncio.ensure_future(pool.session().execute("1"))
-                await asyncio.sleep(0.01)
-                health = await pool.health(timeout_s=0.2)
-                assert (health.is_healthy, health.num_open, health.num_waiting) == (False, 2, 1)
-                assert health.error == "no answer after 0.2 s"
-            await waiting
+    async with InterpreterPool(size=2, preload=()) as pool, pool.session() as one:
+        await one.execute("1")
+        health = await pool.health()
+        assert (health.is_healthy, health.num_open, health.num_waiting, health.error) == (
+            True,
+            1,
+            0,
+            None,
+        )
+        async with pool.session() as two:
+            await two.execute("1")
+            waiting = asyncio.ensure_future(pool.session().execute("1"))
+            await asyncio.sleep(0.01)
+            health = await pool.health(timeout_s=0.2)
+            assert (health.is_healthy, health.num_open, health.num_waiting) == (False, 2, 1)
+            assert health.error == "no answer after 0.2 s"
+        await waiting
     assert not (await pool.health()).is_healthy
