@@ -187,8 +187,8 @@ async def start_kernel(
         kernel_name="mtpo",
         log=logger,
     )
-    copied = None if original is None else original.process
-    manager.provisioner = provisioner = ForkProvisioner(server, directory, manager, copied)
+    manager.provisioner = provisioner = ForkProvisioner(parent=manager)
+    provisioner.attach(server, directory, None if original is None else original.process)
     kernel = None
     try:
         await manager.start_kernel()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mtpo.errors import InputError
 
@@ -50,6 +52,18 @@ class Limits:
     """Wall seconds for one attempt to start a kernel."""
     interrupt_grace_s: float = 0.5
     """Wall seconds between the interrupt at a cell's deadline and the kill of a kernel that ignores it."""
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Limits:
+        """Limits as they stand in a configuration file.
+
+        Raises:
+            InputError: there is no such field, or its value is not as described.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise InputError(f"there are no limits {unknown}; choose from {names}")
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -27,7 +28,12 @@ from sandbox.session import Session
 logger = logging.getLogger(__name__)
 
 KernelKind = Literal["zygote", "ipykernel"]
+PRELOAD = ("numpy", "sympy")
 START_ATTEMPTS = 3
+SOCKETS_PER_KERNEL = 3
+FILES_PER_KERNEL = 10
+SPARE_FILES = 256
+"""Descriptors of the owner beside those of its kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class InterpreterPool:
         *,
         size: int = 16,
         kernel: KernelKind = "zygote",
-        preload: Sequence[str] = ("numpy", "sympy"),
+        preload: Sequence[str] = PRELOAD,
         isolation: Isolation = "available",
     ) -> None:
         if type(size) is not int or size < 1:
@@ -97,9 +103,11 @@ class InterpreterPool:
         self._is_open = False
 
     async def __aenter__(self) -> InterpreterPool:
+        _make_room_for_files(SPARE_FILES + FILES_PER_KERNEL * self.size)
         self._directory = pool_directory()
         self._context = zmq.asyncio.Context()
         self._context.setsockopt(zmq.LINGER, 0)
+        self._context.setsockopt(zmq.MAX_SOCKETS, max(1023, SOCKETS_PER_KERNEL * self.size))
         # Nobody needs larger messages, and who sends one is cut off before it fills this process's memory.
         self._context.setsockopt(zmq.MAXMSGSIZE, 2**20 + 16 * self.limits.max_output_chars)
         self._server = ForkServer(self._directory, self.limits, self._kind, self._preload, self._isolation)
@@ -251,3 +259,18 @@ def run_code(code: str, *, timeout_s: float = 5.0) -> Execution:
     if error:
         raise error[0]
     return result[0]
+
+
+def _make_room_for_files(num_files: int) -> None:
+    """Let this process, and those it starts, open so many files at a time.
+
+    Raises:
+        InputError: the system allows fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < num_files:
+        raise InputError(
+            f"a pool of this size needs {num_files} open files, but the limit is {hard}: ulimit -n"
+        )
+    if soft != resource.RLIM_INFINITY and soft < num_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, hard))

@@ -11,7 +11,7 @@ from typing import Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.manager import KernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
 from sandbox.files import remove_tree
@@ -19,29 +19,28 @@ from sandbox.server import STOP_TIMEOUT_S, ForkServer, KernelProcess
 
 
 class ForkProvisioner(KernelProvisionerBase):
-    """Starts one kernel through a fork server, and signals and ends it.
+    """Starts one kernel through a fork server, and signals and ends it."""
 
-    Args:
-        server: the fork server.
-        directory: of this kernel alone, for its sockets and its connection file. Removed with the kernel.
-        manager: the manager that it works for.
-        original: the kernel to copy; None for a fresh one.
-    """
+    _scratch: Path | None = None
+    _server: ForkServer
+    process: KernelProcess | None = None
 
-    def __init__(
-        self,
-        server: ForkServer,
-        directory: Path,
-        manager: AsyncKernelManager,
-        original: KernelProcess | None = None,
-    ) -> None:
-        super().__init__(parent=manager)
-        self._manager = manager
+    def attach(self, server: ForkServer, directory: Path, original: KernelProcess | None = None) -> None:
+        """Say where the kernel comes from, before it starts.
+
+        Args:
+            server: the fork server.
+            directory: of this kernel alone, for its sockets. Removed with the kernel.
+            original: the kernel to copy; None for a fresh one.
+        """
         self._server = server
         self._directory = directory
         self._original = original
-        self._scratch: Path | None = None
-        self.process: KernelProcess | None = None
+
+    @property
+    def _manager(self) -> KernelManager:
+        assert isinstance(self.parent, KernelManager)
+        return self.parent
 
     @property
     def has_process(self) -> bool:

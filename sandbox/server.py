@@ -274,7 +274,9 @@ class ForkServer:
 def _listen(connection: dict[str, Any], channel: str) -> socket.socket:
     """Open the socket of a channel for a kernel that may not open any."""
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    listening.bind(f"{connection['ip']}-{connection[f'{channel}_port']}")
+    path = Path(f"{connection['ip']}-{connection[f'{channel}_port']}")
+    path.unlink(missing_ok=True)  # of the kernel before, when this one is a restart
+    listening.bind(str(path))
     listening.listen()
     return listening
 

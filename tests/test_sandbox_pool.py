@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -344,3 +345,16 @@ async def test_health_says_whether_a_session_answers() -> None:
             assert health.error == "no answer after 0.2 s"
         await waiting
     assert not (await pool.health()).is_healthy
+
+
+async def test_a_large_pool_makes_room_for_its_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        async with InterpreterPool(size=100, preload=()) as pool:
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000
+            assert (await pool.session().execute("1")).text == "1"
+        with pytest.raises(InputError, match=rf"open files, but the limit is {hard}: ulimit -n"):
+            await InterpreterPool(size=hard, preload=()).__aenter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
