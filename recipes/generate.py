@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from tqdm import tqdm
@@ -29,7 +30,10 @@ from mtpo.models import load_model, load_tokenizer
 from mtpo.rollout import Decoding, Engine, RolloutLimits, rollout
 from mtpo.runs import RunFolder
 from mtpo.trajectory import Problem, Trajectory
-from sandbox import InterpreterPool, Limits
+from sandbox import TOKEN_VARIABLE, InterpreterPool, Limits, RemoteInterpreter
+from sandbox.layers import Policy
+
+OF_THE_OWN_SANDBOX = ("memory_mb", "preload", "kernels", "isolation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,16 @@ class SamplingOptions:
         },
     )
     kernels: int = field(default=16, metadata={"help": "interpreters alive at once"})
+    isolation: str = field(
+        default="available",
+        metadata={"help": "full refuses to run code behind less; available warns of what is missing; none"},
+    )
+    sandbox_url: str | None = field(
+        default=None,
+        metadata={
+            "help": f"use `python -m sandbox serve` there, with its limits; its token is ${TOKEN_VARIABLE}"
+        },
+    )
     max_in_flight: int = field(default=64, metadata={"help": "trajectories under way at once"})
 
     def __post_init__(self) -> None:
@@ -68,6 +82,14 @@ class SamplingOptions:
                 raise InputError(f"--{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.isolation not in get_args(Policy):
+            raise InputError(f"--isolation must be one of {get_args(Policy)}, got {self.isolation!r}")
+        if self.sandbox_url is not None:
+            for option in fields(SamplingOptions):
+                if option.name in OF_THE_OWN_SANDBOX and getattr(self, option.name) != _default(option):
+                    raise InputError(
+                        f"--{option.name} has no effect with --sandbox_url: the service has its own"
+                    )
         if self.tool_timeout_s <= 0:
             raise InputError(f"--tool_timeout_s must be positive, got {self.tool_timeout_s}")
 
@@ -97,7 +119,7 @@ class Config(SamplingOptions):
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
 
-SPEED_ONLY = frozenset({"kernels", "max_in_flight", "preload"})
+SPEED_ONLY = frozenset({"kernels", "max_in_flight", "preload", "isolation", "sandbox_url"})
 """Options that change no trajectory, so that a run may be resumed with others."""
 
 
@@ -179,12 +201,11 @@ async def _sample(
     progress: _Progress,
     **names: Any,
 ) -> None:
-    limits = Limits(memory_mb=options.memory_mb)
     try:
-        async with InterpreterPool(limits, size=options.kernels, preload=tuple(options.preload)) as pool:
+        async with _interpreter(options) as interpreter:
             trajectories = rollout(
                 engine,
-                pool,
+                interpreter,
                 chat,
                 problems,
                 decoding=options.decoding,
@@ -199,6 +220,27 @@ async def _sample(
                     progress.add(trajectory)
     finally:
         await engine.aclose()
+
+
+def _interpreter(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter:
+    """What runs the code: the sandbox of this machine, or a service.
+
+    Raises:
+        InputError: the service's token is not in the environment.
+    """
+    if options.sandbox_url is None:
+        limits = Limits(memory_mb=options.memory_mb)
+        preload = tuple(options.preload)
+        return InterpreterPool(
+            limits, size=options.kernels, preload=preload, isolation=cast(Policy, options.isolation)
+        )
+    if TOKEN_VARIABLE not in os.environ:
+        raise InputError(f"--sandbox_url needs the service's token in the environment, as {TOKEN_VARIABLE}")
+    return RemoteInterpreter(options.sandbox_url, os.environ[TOKEN_VARIABLE])
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 class _Progress:

@@ -8,7 +8,10 @@ from sandbox.pool import InterpreterPool, run_code
 if TYPE_CHECKING:
     from sandbox.remote import RemoteInterpreter
 
-__all__ = ["InterpreterPool", "Limits", "RemoteInterpreter", "run_code"]
+__all__ = ["TOKEN_VARIABLE", "InterpreterPool", "Limits", "RemoteInterpreter", "run_code"]
+
+TOKEN_VARIABLE = "MTPO_SANDBOX_TOKEN"
+"""Of the environment: the token of a sandbox service, for itself and for its clients."""
 
 
 def __getattr__(name: str) -> Any:

@@ -13,15 +13,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mtpo.errors import InputError, MtpoError, SandboxError
 from mtpo.trajectory import Execution
-from sandbox.layers import LAYERS, OPTIONAL
+from sandbox import TOKEN_VARIABLE
+from sandbox.layers import LAYERS, OPTIONAL, Policy
 from sandbox.pool import InterpreterPool
 
-ISOLATION = ("full", "available", "none")
-TOKEN_VARIABLE = "MTPO_SANDBOX_TOKEN"
+ISOLATION = get_args(Policy)
 MIN_TOKEN_CHARS = 16
 
 

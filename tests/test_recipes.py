@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,59 @@ def test_resuming_a_finished_run_samples_nothing_more(coin: Path, sampled: Path)
     ]
     assert generate.main([str(a) for a in argv]) == 0
     assert (sampled / "trajectories" / "00000.jsonl").read_bytes() == before
+
+
+def test_generate_through_a_sandbox_service_gives_the_same_trajectories(
+    coin: Path, sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTPO_SANDBOX_TOKEN", "a-token-of-the-test")
+    serve = [sys.executable, "-m", "sandbox", "serve", "--port", "0", "--size", "4"]
+    with subprocess.Popen(serve, cwd=ROOT, stdout=subprocess.PIPE, text=True) as service:
+        try:
+            assert service.stdout is not None
+            url, *_ = re.findall(r"http://[\d.:]+", service.stdout.readline())
+            argv = ["--model", coin, "--problems", sampled.parent / "rounds.jsonl", "--samples", 8]
+            argv += [
+                "--out",
+                tmp_path / "run",
+                "--sandbox_url",
+                url,
+                "--max_turns",
+                3,
+                "--max_turn_tokens",
+                40,
+            ]
+            assert generate.main([str(a) for a in argv]) == 0
+        finally:
+            service.terminate()
+    assert ids_of(tmp_path / "run") == ids_of(sampled)
+
+
+def ids_of(run: Path) -> dict[tuple[str, int], tuple[int, ...]]:
+    return {(t.problem_id, t.sample): tuple(t.input_ids) for t in read_trajectories(run / "trajectories")}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--isolation", "half"), "--isolation must be one of ('full', 'available', 'none'), got 'half'"),
+        (("--sandbox_url", "http://h:1", "--kernels", "4"), "--kernels has no effect with --sandbox_url"),
+        (
+            ("--sandbox_url", "http://h:1", "--isolation", "full"),
+            "--isolation has no effect with --sandbox_url",
+        ),
+        (
+            ("--sandbox_url", "http://h:1"),
+            "needs the service's token in the environment, as MTPO_SANDBOX_TOKEN",
+        ),
+    ],
+)
+def test_generate_refuses_a_sandbox_that_it_cannot_use(
+    coin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    problems = write_problems_file(tmp_path / "rounds.jsonl", "train", 1)
+    argv = ("--model", coin, "--problems", problems, "--out", tmp_path / "run", *options)
+    assert message in fails(capsys, generate.main, *argv)
 
 
 def test_run_with_a_torn_last_line_goes_on_and_gives_the_same_trajectories(
