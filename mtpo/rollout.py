@@ -14,7 +14,7 @@ from typing import Literal, Protocol, Self
 
 from mtpo.answers import boxed_in_prose
 from mtpo.chat import ChatFormat, code_to_run
-from mtpo.errors import EngineError, EnvironmentFault
+from mtpo.errors import EngineError, EnvironmentFault, SandboxError
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -293,6 +293,8 @@ class _Player:
         started = time.perf_counter()
         execution = await session.execute(code, timeout_s=self.limits.tool_timeout_s)
         tape.execute_s += time.perf_counter() - started
+        if execution.is_fault:
+            raise SandboxError(execution.text)
         tape.executions.append(execution)
         action = tape.segments[-1]
         if len(action.ids) > 1 and action.ids[-1] != self.chat.end_of_turn_id:

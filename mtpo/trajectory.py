@@ -76,6 +76,8 @@ class Execution:
     """What the model reads: output, value or error, already capped."""
     status: ExecutionStatus
     seconds: float
+    is_fault: bool = False
+    """The interpreter was lost through no doing of the code. Such a run is no part of a trajectory."""
 
     @property
     def is_error(self) -> bool:
@@ -201,7 +203,10 @@ class Trajectory:
             {"kind": s.kind, "ids": list(s.ids), "logps": s.logps and list(s.logps), "text": s.text}
             for s in self.segments
         ]
-        row["executions"] = [dataclasses.asdict(e) for e in self.executions]
+        row["executions"] = [
+            {"code": e.code, "text": e.text, "status": e.status, "seconds": e.seconds}
+            for e in self.executions
+        ]
         row["metadata"] = dict(self.metadata)
         return row
 

@@ -50,6 +50,8 @@ class CellResult:
     is_kernel_gone: bool = False
     death: str = ""
     """How the kernel ended, if not by our hand."""
+    is_fault: bool = False
+    """It ended because its fork server did."""
 
 
 class Kernel:
@@ -108,9 +110,10 @@ class Kernel:
         seconds = time.monotonic() - started
         output = self._without_host_paths(excerpt.text())
         if not cell.done() or cell.cancelled():
-            is_stopped = stopped_at is not None
-            death = "" if is_stopped else _death(self.exited.result())
-            return CellResult(output, seconds, is_stopped=is_stopped, is_kernel_gone=True, death=death)
+            if stopped_at is not None:
+                return CellResult(output, seconds, is_stopped=True, is_kernel_gone=True)
+            code = self.exited.result()
+            return CellResult(output, seconds, is_kernel_gone=True, death=_death(code), is_fault=code is None)
         has_error, began, ended = cell.result()
         # A cell that ended in time is no timeout just because this event loop was late to notice.
         is_stopped = stopped_at is not None and ended >= stopped_at

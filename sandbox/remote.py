@@ -129,7 +129,7 @@ class RemoteSession:
         """
         text = code.encode("utf-8", "replace").decode()  # JSON holds no lone surrogates
         reply = await self._call("execute", "cell_number", {"code": text, "timeout_s": timeout_s})
-        return Execution(code, reply["text"], reply["status"], reply["seconds"])
+        return Execution(code, reply["text"], reply["status"], reply["seconds"], reply["is_fault"])
 
     async def fork(self) -> RemoteSession:
         """An independent session with the same state.

@@ -1,7 +1,7 @@
 """One pool over HTTP, for other machines and other languages. `sandbox.remote` is the client in Python.
 
 POST   /sessions               -> {id}
-POST   /sessions/{id}/execute  {cell_number, code, timeout_s} -> {text, status, seconds}
+POST   /sessions/{id}/execute  {cell_number, code, timeout_s} -> {text, status, seconds, is_fault}
 POST   /sessions/{id}/fork     {fork_number} -> {id}
 DELETE /sessions/{id}
 GET    /health, /openapi.json  the only ones without a token
@@ -54,6 +54,7 @@ class CellReply(BaseModel):
     text: str = Field(description="what the model reads: output, value or error, already capped")
     status: ExecutionStatus = Field(description="how the cell ended")
     seconds: float = Field(description="wall seconds that the cell took")
+    is_fault: bool = Field(description="the interpreter was lost through no doing of the code")
 
 
 class ForkRequest(BaseModel):
@@ -131,7 +132,10 @@ async def execute(session_id: str, cell: CellRequest, leases: LeasesOf) -> CellR
     with leases.use(session_id) as lease:
         call = leases.execute(lease, cell.cell_number, cell.code, cell.timeout_s)
         return await _answer(
-            call, lambda ran: CellReply(text=ran.text, status=ran.status, seconds=ran.seconds)
+            call,
+            lambda ran: CellReply(
+                text=ran.text, status=ran.status, seconds=ran.seconds, is_fault=ran.is_fault
+            ),
         )
 
 

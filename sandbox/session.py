@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtpo.errors import InputError, SandboxError
@@ -17,6 +18,15 @@ NO_OUTPUT = "[no output]"
 GONE = "all variables are gone"
 REPLAY_PATIENCE = 10
 """A replayed cell may take this many times its own time limit: the machine may be busier now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What became of the state between two cells."""
+
+    notice: str = ""
+    """What the model must know of it before the output of the next cell."""
+    is_fault: bool = False
 
 
 class Session:
@@ -55,7 +65,7 @@ class Session:
         if not 0 < timeout_s < math.inf:
             raise InputError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
         async with self._lock:
-            notice = self._forget_dead_kernel()
+            loss = self._forget_dead_kernel()
             kernel = await self._running_kernel()
             try:
                 result = await kernel.run(code, timeout_s)
@@ -64,7 +74,7 @@ class Session:
                 raise
             if self._is_closed:
                 raise SandboxError("the session was closed while a cell ran")
-            execution = _as_execution(code, result, timeout_s, notice)
+            execution = _as_execution(code, result, timeout_s, loss)
             if result.is_kernel_gone:
                 self._discard_kernel()
             else:
@@ -135,17 +145,15 @@ class Session:
             raise SandboxError("the session is closed")
         return self._kernel
 
-    def _forget_dead_kernel(self) -> str:
-        """Drop a kernel that died between two cells.
-
-        Returns:
-            What the model must know of it before the output of the next cell.
-        """
+    def _forget_dead_kernel(self) -> Loss:
+        """Drop a kernel that died between two cells."""
         if self._kernel is None or not self._kernel.exited.done():
-            return ""
-        had_state = bool(self._cells)
+            return Loss()
+        had_state, is_fault = bool(self._cells), self._kernel.exited.result() is None
         self._discard_kernel()
-        return f"[the interpreter died since the last cell; {GONE}]\n" if had_state else ""
+        return (
+            Loss(f"[the interpreter died since the last cell; {GONE}]\n", is_fault) if had_state else Loss()
+        )
 
     def _discard_kernel(self) -> None:
         """Kill the kernel now and clear up behind it in the background."""
@@ -156,7 +164,7 @@ class Session:
             self._ending = self._pool.in_background(kernel.shutdown())
 
 
-def _as_execution(code: str, result: CellResult, timeout_s: float, notice: str) -> Execution:
+def _as_execution(code: str, result: CellResult, timeout_s: float, loss: Loss) -> Execution:
     """What the model reads: the output, then what became of the interpreter."""
     output = result.output.rstrip()
     if result.is_stopped:
@@ -166,5 +174,5 @@ def _as_execution(code: str, result: CellResult, timeout_s: float, notice: str) 
         status, verdict = "died", f"[the interpreter died ({result.death}) and was restarted; {GONE}]"
     else:
         status, verdict = ("error" if result.has_error else "ok"), ("" if output else NO_OUTPUT)
-    text = notice + "\n".join(part for part in (output, verdict) if part)
-    return Execution(code, text, status, result.seconds)
+    text = loss.notice + "\n".join(part for part in (output, verdict) if part)
+    return Execution(code, text, status, result.seconds, is_fault=loss.is_fault or result.is_fault)

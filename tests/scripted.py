@@ -63,7 +63,7 @@ class ScriptedEngine:
 class ScriptedInterpreter:
     """Every session gives the results in order; an exception among them is raised."""
 
-    def __init__(self, *results: str | Exception) -> None:
+    def __init__(self, *results: str | Exception | Execution) -> None:
         self.results = results
         self.open_sessions = 0
         self.codes: list[str] = []
@@ -84,6 +84,8 @@ class ScriptedSession:
         await asyncio.sleep(0)
         if isinstance(result, Exception):
             raise result
+        if isinstance(result, Execution):
+            return result
         return Execution(code, result, "ok", 0.01)
 
     async def fork(self) -> ScriptedSession:

@@ -4,7 +4,7 @@ import pytest
 
 from mtpo.errors import EngineError, SandboxError
 from mtpo.rollout import Decoding, RolloutLimits, rollout, turn_seed
-from mtpo.trajectory import Problem, StopReason, Trajectory
+from mtpo.trajectory import Execution, Problem, StopReason, Trajectory
 from tests.scripted import ScriptedEngine, ScriptedInterpreter, gemma_chat
 
 PROBLEM = Problem("set/0", "How many clips?", "72")
@@ -107,6 +107,15 @@ async def test_lasting_fault_is_recorded_after_bounded_retries() -> None:
     assert trajectory.fault == "SandboxError: no kernel"
     assert trajectory.num_turns == 1
     assert len(interpreter.codes) == 3
+
+
+async def test_an_interpreter_lost_through_no_doing_of_the_code_is_a_fault() -> None:
+    lost = Execution("c", "[the interpreter died (killed from outside)]", "died", 0.1, is_fault=True)
+    interpreter = ScriptedInterpreter(lost)
+    limits = RolloutLimits(max_retries=1)
+    [trajectory] = await collect(ScriptedEngine(gemma_chat(), CODE, ANSWER), interpreter, limits=limits)
+    assert (trajectory.stop_reason, trajectory.executions) == (StopReason.ENVIRONMENT_FAULT, ())
+    assert len(interpreter.codes) == 2
 
 
 async def test_each_turn_has_its_own_seed_and_reruns_have_the_same() -> None:

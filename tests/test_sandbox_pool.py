@@ -304,9 +304,15 @@ async def test_a_killed_fork_server_is_replaced(kernel: KernelKind, victim: int)
         await asyncio.sleep(0.1)
         os.kill(pids[victim], signal.SIGKILL)
         execution = await asyncio.wait_for(running, 10)
-        assert execution.status == "died"
+        assert (execution.status, execution.is_fault) == ("died", True)
         await wait_until_gone(pids)
-        assert (await session.execute("'x' in globals()")).text == "False"
+        again = await session.execute("x = 1\n'x' in globals()")
+        assert (again.text, again.is_fault) == ("True", False)
+        os.kill(processes_of(pool)[1], signal.SIGKILL)
+        await asyncio.sleep(0.2)
+        after = await session.execute("'x' in globals()")
+        assert after.text == "[the interpreter died since the last cell; all variables are gone]\nFalse"
+        assert after.is_fault
 
 
 async def test_a_hung_fork_server_is_replaced() -> None:
