@@ -1,35 +1,41 @@
 """The journal: finished trajectories on disk, one checksummed JSON line each, safe against crashes.
 
-    FOLDER/00000.jsonl, 00001.jsonl, ...    shards; only the last one grows
-    FOLDER/.lock                            held by the one process that writes
-
-The last key of a line, `"crc32"`, is the CRC-32 of the bytes before `, "crc32"`, as 8 hex digits. A line that
-ends in a newline was written completely; anything after the last newline is what a crash left behind.
+FOLDER/00000.jsonl.gz, ..., 00007.jsonl    shards: closed ones, and the open one, which grows (`data.shards`)
+FOLDER/index.jsonl                         what is in the closed ones (`data.journal_index`)
+FOLDER/.lock                               held by the one process that writes
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from data.journal_index import (
+    Key,
+    Keys,
+    Summary,
+    add_to_index,
+    extend_by_shard,
+    key_of,
+    name_of,
+    shards_of,
+    summaries,
+    summarize,
+)
+from data.shards import closed_path, compress_shard, cut_torn_line, fsync_folder, plain_path, read_shard, seal
 from mtpo.errors import InputError, MtpoError
-from mtpo.trajectory import StopReason, Trajectory
+from mtpo.trajectory import Trajectory
+
+__all__ = ["Journal", "Key", "read_trajectories", "summarize"]
 
 logger = logging.getLogger(__name__)
-
-Key = tuple[str, int]
-"""(problem id, sample): identifies a trajectory in its journal."""
-
-_CRC = b', "crc32": "%08x"}'
-_CRC_LENGTH = len(_CRC % 0)
 
 
 class Journal:
@@ -37,29 +43,34 @@ class Journal:
 
     When `append` returns, the line is with the operating system and survives the death of this process; every
     `fsync_every_s` seconds, when a shard is full and on closing it is also forced to disk and survives a power cut.
-    Opening reads the whole folder: it cuts off what a crash left behind, and knows what is done.
+    A shard that is full is compressed by a thread of the journal while the next one grows.
+    Opening cuts off what a crash left behind, and learns what is done, from the index as far as that fits the shards.
 
     Raises:
-        InputError: another process writes this journal, or a line in it is corrupt.
+        InputError: another process writes this journal, a line in it is corrupt, or a shard is missing.
     """
 
     def __init__(
-        self, folder: str | Path, *, max_shard_bytes: int = 64 << 20, fsync_every_s: float = 5.0
+        self,
+        folder: str | Path,
+        *,
+        max_shard_bytes: int = 64 << 20,
+        max_shard_trajectories: int = 4096,
+        fsync_every_s: float = 5.0,
     ) -> None:
         self.folder = Path(folder)
         self._max_shard_bytes = max_shard_bytes
+        self._max_shard_trajectories = max_shard_trajectories
         self._fsync_every_s = fsync_every_s
         self._last_fsync = time.monotonic()
         self._shard = -1  # no shard open
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
+        self._closing = ThreadPoolExecutor(1, "journal")
         try:
-            shards = _shards(self.folder)
-            if shards:
-                _cut_torn_line(shards[-1])
-            self._is_fault = {_key(t): _is_fault(t) for t in _read(shards)}
-            self._number = int(shards[-1].stem) if shards else 0
+            self._open()
         except BaseException:
+            self._closing.shutdown()
             os.close(self._lock)
             raise
 
@@ -67,35 +78,44 @@ class Journal:
         """Write one trajectory.
 
         Raises:
-            InputError: the journal already has this (problem, sample), and not as a fault; or a number in the
-                trajectory is not finite, which JSON cannot hold.
+            InputError: the journal already has this (problem, sample), and not as a fault; the sample is negative;
+                or a number in the trajectory is not finite, which JSON cannot hold.
             MtpoError: the line could not be written, say because the disk is full: it is taken back, everything
                 written before is kept, and the journal is closed. Or the journal was closed before.
         """
         if self._lock < 0:
             raise MtpoError(f"{self.folder}: the journal is closed")
-        key = _key(trajectory)
-        if self._is_fault.get(key) is False:
-            raise InputError(f"{self.folder}: {_name(key)} is already in the journal")
-        line = encode_line(trajectory)
+        name = name_of(key_of(trajectory))
+        try:
+            self._all.check_new(key_of(trajectory))
+        except InputError as error:
+            raise InputError(f"{self.folder}: {error}") from None
+        try:
+            line = seal(trajectory.to_json())
+        except ValueError as error:
+            raise InputError(f"{name} cannot be written: {error}") from None
         try:
             self._write(line)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.close()
             raise MtpoError(
-                f"{self._path}: cannot write {_name(key)}: {error.strerror}; the {len(self._is_fault)} "
+                f"{self._path}: cannot write {name}: {error.strerror}; the {self._all.num_trajectories} "
                 "trajectories written before it are kept, and resuming goes on from there"
             ) from error
-        self._is_fault[key] = _is_fault(trajectory)
+        self._all.add(trajectory)
+        self._here.add(trajectory)
 
-    def done(self, *, retry_faults: bool = True) -> set[Key]:
-        """The (problem, sample) pairs that need no further attempt.
+    def done(self, *, retry_faults: bool = True) -> Keys:
+        """The (problem, sample) pairs that need no further attempt, as they are now.
 
         Args:
             retry_faults: leave out environment faults, so that resuming tries them again.
         """
-        return {key for key, is_fault in self._is_fault.items() if not (is_fault and retry_faults)}
+        done = self._all.done.copy()
+        if not retry_faults:
+            done |= self._all.faults.keys()
+        return done
 
     def close(self) -> None:
         """Force everything to disk and let another process write. Closing twice is fine."""
@@ -104,6 +124,7 @@ class Journal:
         try:
             self._close_shard()
         finally:
+            self._closing.shutdown()
             os.close(self._lock)
             self._lock = -1
 
@@ -117,7 +138,25 @@ class Journal:
 
     @property
     def _path(self) -> Path:
-        return self.folder / f"{self._number:05d}.jsonl"
+        return plain_path(self.folder, self._number)
+
+    def _open(self) -> None:
+        """Mend what a crash left behind, and learn what is there."""
+        numbers = shards_of(self.folder)
+        for number in numbers:
+            if closed_path(self.folder, number).exists():
+                plain_path(self.folder, number).unlink(missing_ok=True)
+        self._number = len(numbers)
+        self._all, self._here = Summary(), Summary()
+        if numbers and plain_path(self.folder, numbers[-1]).exists():
+            self._number = numbers[-1]
+            cut_torn_line(self._path)
+        for number, summary, is_indexed in summaries(self.folder):
+            extend_by_shard(self._all, summary, self.folder, number)
+            if number == self._number:
+                self._here = summary
+            elif not is_indexed:
+                self._closing.submit(_finish_shard, self.folder, number, summary)
 
     def _close_shard(self) -> None:
         if self._shard >= 0:
@@ -129,12 +168,13 @@ class Journal:
 
     def _write(self, line: bytes) -> None:
         """Write the whole line, or take back what was written of it."""
-        if self._shard >= 0 and os.fstat(self._shard).st_size >= self._max_shard_bytes:
-            self._close_shard()
-            self._number += 1
         if self._shard < 0:
-            self._shard = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            _fsync_folder(self.folder)
+            self._open_shard()
+        if self._is_full():
+            self._close_shard()
+            self._closing.submit(_finish_shard, self.folder, self._number, self._here)
+            self._number, self._here = self._number + 1, Summary()
+            self._open_shard()
         before, rest = os.fstat(self._shard).st_size, memoryview(line)
         try:
             while rest:
@@ -147,90 +187,71 @@ class Journal:
                 os.ftruncate(self._shard, before)
             raise
 
+    def _open_shard(self) -> None:
+        self._shard = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        fsync_folder(self.folder)
+
+    def _is_full(self) -> bool:
+        size = os.fstat(self._shard).st_size
+        return size >= self._max_shard_bytes or self._here.num_lines >= self._max_shard_trajectories
+
 
 def read_trajectories(folder: str | Path) -> Iterator[Trajectory]:
     """The trajectories of a journal, also while another process writes it; no (problem, sample) twice.
 
     They come in the order written, except that faults come last: only then is it known that no later attempt
-    replaced them. A torn last line is left out with a warning.
+    replaced them. A torn last line is left out with a warning. What is kept in memory grows with the number of
+    problems, and of faults, by some 200 bytes each, not with the number of trajectories.
 
     Raises:
-        InputError: the folder holds no shard, or a line is corrupt; names file and line.
+        InputError: the folder holds no shard, a line is corrupt, or a shard is missing; names file and line.
     """
-    shards = _shards(Path(folder))
-    if not shards:
+    folder = Path(folder)
+    numbers = shards_of(folder)
+    if not numbers:
         raise InputError(f"{folder}: holds no trajectories (no 00000.jsonl)")
-    return _read(shards)
+    return _read(folder, numbers)
 
 
-def encode_line(trajectory: Trajectory) -> bytes:
-    """The line of a journal that holds this trajectory, with its newline.
+def _read(folder: Path, numbers: range) -> Iterator[Trajectory]:
+    done = Keys()
+    faults: dict[Key, tuple[int, int]] = {}  # the shard and the line of the latest attempt
+    for number, index, place, trajectory in _attempts(folder, numbers, last=numbers[-1]):
+        key = key_of(trajectory)
+        if key in done:
+            raise InputError(f"{place}: {name_of(key)} is already in the journal")
+        if trajectory.fault is not None:
+            faults[key] = number, index
+        else:
+            done.add(key)
+            faults.pop(key, None)
+            yield trajectory
+    wanted = set(faults.values())
+    with_faults = sorted({number for number, _ in wanted})
+    for number, index, _, trajectory in _attempts(folder, with_faults, last=numbers[-1]):
+        if (number, index) in wanted:
+            yield trajectory
 
-    Raises:
-        InputError: a number is not finite.
-    """
+
+def _attempts(
+    folder: Path, numbers: Iterable[int], *, last: int
+) -> Iterator[tuple[int, int, str, Trajectory]]:
+    """(shard, index in it, place for messages, trajectory)."""
+    for number in numbers:
+        for index, (place, trajectory) in enumerate(read_shard(folder, number, is_last=number == last)):
+            yield number, index, place, trajectory
+
+
+def _finish_shard(folder: Path, number: int, summary: Summary) -> None:
+    """Compress a full shard and enter it into the index. If that fails, it stays as it is, and nothing is lost."""
+    plain = plain_path(folder, number)
     try:
-        body = json.dumps(trajectory.to_json(), allow_nan=False).encode()[:-1]
-    except ValueError as error:
-        raise InputError(f"{_name(_key(trajectory))} cannot be written: {error}") from None
-    return body + _CRC % zlib.crc32(body) + b"\n"
-
-
-def decode_line(line: bytes) -> Trajectory:
-    """The inverse of `encode_line`.
-
-    Raises:
-        InputError: the checksum is missing or does not fit, or the content is not a trajectory.
-    """
-    body, tail = line[: -_CRC_LENGTH - 1], line[-_CRC_LENGTH - 1 :]
-    if tail != _CRC % zlib.crc32(body) + b"\n":
-        raise InputError("corrupt: the checksum does not fit")
-    return Trajectory.from_json(json.loads(body + b"}"))
-
-
-def _read(shards: list[Path]) -> Iterator[Trajectory]:
-    seen: set[Key] = set()
-    faults: dict[Key, Trajectory] = {}
-    for shard in shards:
-        for place, line in _complete_lines(shard, is_last=shard == shards[-1]):
-            try:
-                trajectory = decode_line(line)
-            except InputError as error:
-                raise InputError(f"{place}: {error}") from None
-            key = _key(trajectory)
-            if key in seen:
-                raise InputError(f"{place}: {_name(key)} is already in the journal")
-            if _is_fault(trajectory):
-                faults[key] = trajectory
-            else:
-                seen.add(key)
-                faults.pop(key, None)
-                yield trajectory
-    yield from faults.values()
-
-
-def _complete_lines(shard: Path, *, is_last: bool) -> Iterator[tuple[str, bytes]]:
-    with shard.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
-                yield f"{shard}, line {number}", line
-            elif is_last:
-                logger.warning("%s, line %d: left out %d bytes of a torn line", shard, number, len(line))
-            else:
-                raise InputError(f"{shard}, line {number}: corrupt: the line has no end")
-
-
-def _cut_torn_line(shard: Path) -> None:
-    """Cut off what follows the last newline."""
-    content = shard.read_bytes()
-    keep = content.rfind(b"\n") + 1
-    if keep < len(content):
-        logger.warning("%s: cut off %d bytes of a torn line", shard, len(content) - keep)
-        os.truncate(shard, keep)
-
-
-def _shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]" * 5 + ".jsonl"))
+        if plain.exists():
+            compress_shard(folder, number)
+        add_to_index(folder, number, summary)
+        plain.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: not compressed: %s", plain, error.strerror)
 
 
 def _lock(folder: Path) -> int:
@@ -245,24 +266,3 @@ def _lock(folder: Path) -> int:
     os.truncate(lock, 0)
     os.write(lock, b"%d\n" % os.getpid())
     return lock
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make the entry of a new file survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _key(trajectory: Trajectory) -> Key:
-    return trajectory.problem_id, trajectory.sample
-
-
-def _is_fault(trajectory: Trajectory) -> bool:
-    return trajectory.stop_reason == StopReason.ENVIRONMENT_FAULT
-
-
-def _name(key: Key) -> str:
-    return f"trajectory {key[0]!r} sample {key[1]}"

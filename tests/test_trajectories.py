@@ -1,18 +1,28 @@
 import errno
+import gzip
 import json
 import logging
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import data.shards
 import data.trajectories
-from data.trajectories import Journal, decode_line, read_trajectories
+from data.journal_index import Keys
+from data.shards import seal, unseal
+from data.trajectories import Journal, read_trajectories, summarize
 from mtpo.errors import InputError, MtpoError
 from mtpo.trajectory import Execution, Segment, StopReason, Trajectory
 
@@ -62,7 +72,7 @@ def test_a_line_is_json_whose_last_key_is_the_crc_of_the_bytes_before_it(tmp_pat
 
 def test_the_line_in_the_readme_is_one_that_the_journal_reads() -> None:
     (line,) = (s for s in (ROOT / "data" / "README.md").read_text().splitlines() if '"crc32": "' in s)
-    assert decode_line(line.encode() + b"\n").executions[0].text == "42"
+    assert Trajectory.from_json(unseal(line.encode() + b"\n")).executions[0].text == "42"
 
 
 def test_a_new_journal_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
@@ -74,15 +84,200 @@ def test_a_new_journal_goes_on_where_the_last_one_stopped(tmp_path: Path) -> Non
     assert [t.sample for t in read_trajectories(tmp_path)] == [0, 1]
 
 
-def test_shards_roll_at_their_size_and_are_read_in_order(tmp_path: Path) -> None:
-    with Journal(tmp_path, max_shard_bytes=1500) as journal:
-        for sample in range(5):
+def fill(folder: Path, num: int, *, shard: int = 2, first: int = 0) -> Path:
+    """A journal of `num` samples, `shard` of them in each shard."""
+    with Journal(folder, max_shard_trajectories=shard) as journal:
+        for sample in range(first, first + num):
             journal.append(attempt(sample=sample))
-    sizes = [shard.stat().st_size for shard in sorted(tmp_path.glob("*.jsonl"))]
-    assert len(sizes) > 1 and all(size >= 1500 for size in sizes[:-1])
-    assert [t.sample for t in read_trajectories(tmp_path)] == [0, 1, 2, 3, 4]
-    with Journal(tmp_path, max_shard_bytes=1500) as journal:
-        assert len(journal.done()) == 5
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.jsonl*"))
+
+
+def samples(folder: Path) -> list[int]:
+    return [t.sample for t in read_trajectories(folder)]
+
+
+@pytest.mark.parametrize("limit", [{"max_shard_bytes": 1000}, {"max_shard_trajectories": 2}])
+def test_full_shards_are_closed_by_bytes_or_by_number_and_read_in_order(
+    tmp_path: Path, limit: dict[str, int]
+) -> None:
+    assert 500 < len(seal(attempt().to_json())) < 1000  # so that both limits close after two
+    for first in (0, 3):
+        with Journal(tmp_path, **limit) as journal:
+            for sample in range(first, first + 3):
+                journal.append(attempt(sample=sample))
+    assert names(tmp_path) == ["00000.jsonl.gz", "00001.jsonl.gz", "00002.jsonl", "index.jsonl"]
+    assert samples(tmp_path) == [0, 1, 2, 3, 4, 5]
+    with Journal(tmp_path) as journal:
+        assert journal.done() == {("set/0", sample) for sample in range(6)}
+
+
+def test_a_closed_shard_is_a_gzip_file_of_the_lines(tmp_path: Path) -> None:
+    lines = write(tmp_path / "plain", *(attempt(sample=s) for s in range(2))).read_bytes()
+    fill(tmp_path / "closed", 3)
+    assert gzip.decompress((tmp_path / "closed" / "00000.jsonl.gz").read_bytes()) == lines
+
+
+def test_with_a_good_index_no_closed_shard_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, 7)
+    index = (tmp_path / "index.jsonl").read_bytes()
+
+    def refuse(path: Path, _: str) -> None:
+        path.stat()
+        raise AssertionError("a closed shard was unpacked")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data.shards.gzip, "open", refuse)
+        with Journal(tmp_path) as journal:
+            assert len(journal.done()) == 7
+        # An attempt at `test_trajectories.attempt` calls a tool once and samples 3 + 2 tokens.
+        counts = {"stop_reasons": {"answered": 7}, "tool_calls": 7, "sampled_tokens": 35}
+        assert summarize(tmp_path).counts() == {"trajectories": 7, **counts}
+        (tmp_path / "index.jsonl").unlink()
+        with pytest.raises(AssertionError, match="unpacked"):
+            Journal(tmp_path)
+    Journal(tmp_path).close()
+    assert (tmp_path / "index.jsonl").read_bytes() == index  # made again
+
+
+def test_an_index_that_does_not_fit_its_shard_is_not_believed(tmp_path: Path) -> None:
+    fill(tmp_path / "a", 5)
+    fill(tmp_path / "b", 5, first=10)
+    shutil.copy(tmp_path / "b" / "00000.jsonl.gz", tmp_path / "a")
+    with Journal(tmp_path / "a") as journal:
+        assert journal.done() == {("set/0", sample) for sample in (10, 11, 2, 3, 4)}
+    index = tmp_path / "a" / "index.jsonl"
+    index.write_bytes(index.read_bytes().replace(b"[2, 3]", b"[2, 9]") + b'{"shard": "00001.jsonl.gz", "torn')
+    assert summarize(tmp_path / "a").done == {("set/0", sample) for sample in (10, 11, 2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda whole: whole[:-9], "00001.jsonl.gz: corrupt: Compressed file ended"),
+        (lambda whole: whole[:30] + bytes([whole[30] ^ 1]) + whole[31:], "00001.jsonl.gz"),
+        (lambda whole: b"", "00001.jsonl.gz: corrupt: it is empty"),
+        (lambda whole: b"\0" + whole, "00001.jsonl.gz: corrupt: Not a gzipped file"),
+        (None, "00001.jsonl.gz is missing"),
+    ],
+)
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_damaged_or_missing_shard_is_an_error_that_says_what_to_do(
+    tmp_path: Path, damage: Callable[[bytes], bytes] | None, message: str, with_index: bool
+) -> None:
+    shard = fill(tmp_path, 5) / "00001.jsonl.gz"
+    whole = shard.read_bytes()
+    shard.unlink()
+    if damage:
+        shard.write_bytes(damage(whole))
+    if not with_index:
+        (tmp_path / "index.jsonl").unlink()
+    for act in (lambda: samples(tmp_path), lambda: Journal(tmp_path), lambda: summarize(tmp_path)):
+        with pytest.raises(InputError) as caught:
+            act()
+        assert str(caught.value).startswith(f"{tmp_path}/{message}")
+        assert re.search(r"restore .*, or .* resume the run", str(caught.value))
+        assert "\n" not in str(caught.value)
+    shard.unlink(missing_ok=True)
+    (tmp_path / "00001.jsonl").touch()  # the mend that the message proposes
+    assert samples(fill(tmp_path, 2, first=2)) == [0, 1, 4, 2, 3]
+
+
+def test_a_missing_last_shard_is_noticed_by_the_index(tmp_path: Path) -> None:
+    fill(tmp_path, 4)
+    fill(tmp_path, 1, first=4)
+    (tmp_path / "00002.jsonl").unlink()
+    (tmp_path / "00001.jsonl.gz").unlink()
+    with pytest.raises(InputError, match=r"00001\.jsonl\.gz is missing"):
+        read_trajectories(tmp_path)
+
+
+def test_a_crash_while_a_shard_is_closed_is_mended(tmp_path: Path) -> None:
+    fill(tmp_path, 5)
+    closed = tmp_path / "00000.jsonl.gz"
+    whole = closed.read_bytes()
+    plain = tmp_path / "00000.jsonl"
+    plain.write_bytes(gzip.decompress(whole))  # killed after the renaming
+    assert samples(tmp_path) == [0, 1, 2, 3, 4]
+    Journal(tmp_path).close()
+    assert not plain.exists()
+    plain.write_bytes(gzip.decompress(whole))  # killed before it
+    closed.unlink()
+    (tmp_path / ".00000.jsonl.gz.partial").write_bytes(whole[:40])
+    assert samples(tmp_path) == [0, 1, 2, 3, 4]
+    Journal(tmp_path).close()
+    assert (plain.exists(), closed.read_bytes()) == (False, whole)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_shard_that_cannot_be_compressed_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data.shards.shutil, "copyfileobj", refuse)
+        fill(tmp_path, 5)
+    assert "00000.jsonl: not compressed: No space left on device" in caplog.text
+    assert names(tmp_path) == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
+    assert samples(fill(tmp_path, 1, first=5)) == [0, 1, 2, 3, 4, 5]
+    assert names(tmp_path)[:2] == ["00000.jsonl.gz", "00001.jsonl.gz"]
+
+
+def test_faults_of_closed_shards_are_replaced_and_counted(tmp_path: Path) -> None:
+    with Journal(tmp_path, max_shard_trajectories=1) as journal:
+        for sample, fault in ((0, "a"), (1, "b"), (0, None), (1, "c"), (2, None)):
+            journal.append(attempt(sample=sample, fault=fault))
+    found = [(t.sample, t.fault) for t in read_trajectories(tmp_path)]
+    assert found == [(0, None), (2, None), (1, "c")]
+    counts = {"stop_reasons": {"answered": 2, "environment_fault": 1}, "tool_calls": 3, "sampled_tokens": 15}
+    assert summarize(tmp_path).counts() == {"trajectories": 3, **counts}
+    with Journal(tmp_path) as journal:
+        assert journal.done() == {("set/0", 0), ("set/0", 2)}
+        assert len(journal.done(retry_faults=False)) == 3
+
+
+def test_a_copied_shard_is_refused_by_readers_and_writers(tmp_path: Path) -> None:
+    fill(tmp_path, 5)
+    (tmp_path / "00002.jsonl").unlink()
+    shutil.copy(tmp_path / "00000.jsonl.gz", tmp_path / "00002.jsonl.gz")
+    for act in (lambda: samples(tmp_path), lambda: Journal(tmp_path), lambda: summarize(tmp_path)):
+        with pytest.raises(InputError, match=r"00002\.jsonl.*'set/0' sample 0 is already in the journal"):
+            act()
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc"), st.integers(0, 70))))
+def test_keys_behave_as_a_set(changes: list[tuple[bool, str, int]]) -> None:
+    keys, known = Keys(), set()
+    for is_added, problem_id, sample in changes:
+        for each in (keys, known):
+            (each.add if is_added else each.discard)((problem_id, sample))
+    assert keys == known and len(keys) == len(known) and sorted(keys) == sorted(known)
+    assert known - keys == set() and {("z", 0)} - keys == {("z", 0)}
+
+
+def test_memory_does_not_grow_with_the_number_of_trajectories(tmp_path: Path) -> None:
+    def peak(folder: Path) -> int:
+        tracemalloc.start()
+        try:
+            with Journal(folder) as journal:
+                assert sum(1 for _ in read_trajectories(folder)) == len(journal.done())
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    for name, num in (("few", 1_000), ("many", 10_000)):
+        with Journal(tmp_path / name, max_shard_trajectories=500) as journal:
+            for index in range(num):
+                journal.append(attempt(f"set/{index % 50}", index // 50))
+    assert peak(tmp_path / "many") < 1.5 * peak(tmp_path / "few")
 
 
 def test_a_line_torn_at_any_byte_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
