@@ -17,7 +17,6 @@ FILE = Path(__file__).with_name("sandbox_semantics.txt")
 MAX_OUTPUT_CHARS = 600
 TIMEOUT_S = 20.0
 NOT_YET = {
-    "await at the top level": "the forked kernel does not wait for the cell, whose output shows with a later one",
     "a magic that does not exist": "the error quotes IPython's translation of the line, not the line",
 }
 """Scripts that the interpreter still gets wrong; a line goes when its script passes."""
