@@ -1,0 +1,21 @@
+"""Whatever is killed, and whenever: nothing is lost, nothing comes twice, nothing else is different."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+from tests.crash_driver import contents, disturbed_run, run
+
+NUM = 150
+
+
+def test_a_run_killed_at_random_moments_gives_the_trajectories_of_an_undisturbed_one(tmp_path: Path) -> None:
+    assert asyncio.run(run(tmp_path / "undisturbed", NUM)) == 0
+    expected = contents(tmp_path / "undisturbed")
+    assert len(expected) == NUM
+    reasons = Counter(reason for _, _, reason, _ in expected.values())
+    statuses = Counter(status for _, executions, _, _ in expected.values() for _, _, status in executions)
+    assert {"answered", "no_code", "turn_limit"} == set(reasons) and {"ok", "error", "died"} == set(statuses)
+    counts = disturbed_run(tmp_path / "killed", NUM, seed=0, drivers=3, servers=4)
+    assert (counts["driver"], counts["fork server"]) == (3, 4)
+    assert contents(tmp_path / "killed") == expected
