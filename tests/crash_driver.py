@@ -121,12 +121,15 @@ def disturbed_run(folder: Path, num: int, seed: int, *, drivers: int, servers: i
         counts["start"] += 1
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as driver:
             assert driver.stdout is not None
+            is_alive = True
             for _ in driver.stdout:
                 counts["line"] += 1
-                if plan and counts["line"] >= plan[0][0]:
+                if is_alive and plan and counts["line"] >= plan[0][0]:
                     time.sleep(rng.uniform(0.0, 0.03))
-                    if _kill(driver.pid, plan[0][1]):
-                        counts[plan.popleft()[1]] += 1
+                    if _kill(driver.pid, victim := plan[0][1]):
+                        plan.popleft()
+                        counts[victim] += 1
+                        is_alive = victim != "driver"  # lines that are still in the pipe go on coming
         if driver.returncode == 0 and not plan:
             return counts
         if driver.returncode not in (-signal.SIGKILL, HAS_FAULTS):
