@@ -11,9 +11,9 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from data.journal_index import Keys, key_of, name_of, summarize
 from data.trajectories import read_trajectories
@@ -21,7 +21,7 @@ from mtpo.errors import InputError
 from mtpo.trajectory import Execution, Segment, SegmentKind, StopReason, Trajectory
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Features
 
 Row = dict[str, Any]
 MergeKey = tuple[str, int, int, str]
@@ -163,30 +163,26 @@ def features() -> Features:
 
 
 def export_rows(
-    rows: Callable[[], Iterable[Row]],
-    *,
-    parquet: Path | None = None,
-    hub_name: str | None = None,
-    is_private: bool = False,
+    rows: Iterable[Row], *, parquet: Path | None = None, hub_name: str | None = None, is_private: bool = False
 ) -> int:
-    """Write rows to a Parquet file, or push them to the hub, or both.
+    """Write rows to a Parquet file, or push them to the hub, or both, a few hundred in memory at a time.
 
-    They pass through a file on disk, a few hundred at a time, beside the Parquet file or in the temporary folder.
+    The file is there when it is complete. For the hub, all rows are on disk first.
 
     Returns:
         How many there were.
     """
     with tempfile.TemporaryDirectory(dir=parquet and parquet.parent, prefix=".export-") as folder:
-        dataset = _on_disk(rows, folder)
-        if parquet is not None:
-            partial = Path(folder) / "rows.parquet"
-            dataset.to_parquet(partial, batch_size=ROWS_AT_ONCE)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(parquet)
+        partial = Path(folder) / "rows.parquet"
+        num_rows = _write_parquet(rows, partial)
         if hub_name is not None:
+            from datasets import Dataset
+
+            dataset = cast(Dataset, Dataset.from_parquet(str(partial), cache_dir=folder))
             dataset.push_to_hub(hub_name, private=is_private)
-        return len(dataset)
+        if parquet is not None:
+            partial.replace(parquet)
+        return num_rows
 
 
 def read_parquet(path: str | Path) -> Iterator[Trajectory]:
@@ -213,16 +209,20 @@ def read_parquet(path: str | Path) -> Iterator[Trajectory]:
                     raise InputError(f"{path}, row {index}: {error}") from None
 
 
-def _on_disk(rows: Callable[[], Iterable[Row]], folder: str) -> Dataset:
-    from datasets import Dataset
+def _write_parquet(rows: Iterable[Row], path: Path) -> int:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
 
-    return Dataset.from_generator(
-        lambda: iter(rows()),
-        features=features(),
-        cache_dir=folder,
-        fingerprint="export",  # else it is made of a pickle of all that `rows` refers to
-        writer_batch_size=ROWS_AT_ONCE,
-    )  # pyright: ignore[reportReturnType]
+    schema = features().arrow_schema  # it tells the datasets library the features again
+    source, num_rows = iter(rows), 0
+    with path.open("wb") as file:
+        with ParquetWriter(file, schema, compression="zstd") as writer:
+            while batch := list(itertools.islice(source, ROWS_AT_ONCE)):
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+                num_rows += len(batch)
+        file.flush()
+        os.fsync(file.fileno())
+    return num_rows
 
 
 def _segment(kind: SegmentKind, run: Sequence[tuple[int, int, float | None]], text: str) -> Segment:

@@ -57,7 +57,7 @@ def export(config: Config) -> str:
     if parquet is not None:
         parquet.parent.mkdir(parents=True, exist_ok=True)
     num_rows = export_rows(
-        lambda: graded_rows(merge, problems, config.workers),
+        graded_rows(merge, problems, config.workers),
         parquet=parquet,
         hub_name=config.push_to_hub,
         is_private=config.private,

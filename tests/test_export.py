@@ -81,14 +81,14 @@ def test_a_row_has_the_columns_that_others_expect() -> None:
 
 def test_a_parquet_file_reads_back_as_the_trajectories_that_were_written(tmp_path: Path) -> None:
     written = [attempt(), broken(1), wrong(2), *(attempt(sample) for sample in range(3, 700))]
-    assert export_rows(lambda: map(to_row, written), parquet=tmp_path / "t.parquet") == 700
+    assert export_rows(map(to_row, written), parquet=tmp_path / "t.parquet") == 700
     assert list(read_parquet(tmp_path / "t.parquet")) == written
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 
 def test_what_is_no_trajectory_is_an_error_that_names_file_and_row(tmp_path: Path) -> None:
     rows = [to_row(attempt()), to_row(attempt()) | {"completion_mask": [0] * 9}]
-    export_rows(lambda: rows, parquet=tmp_path / "t.parquet")
+    export_rows(rows, parquet=tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"t\.parquet, row 1: not a row of a trajectory"):
         list(read_parquet(tmp_path / "t.parquet"))
     (tmp_path / "bad.parquet").write_bytes(b"PAR0")
