@@ -1,4 +1,4 @@
-"""A run that is there to be killed: a scripted model, the real sandbox, a journal.
+"""A run that is there to be killed: a scripted model behind a server, the real sandbox, a journal.
 
     python -m tests.crash_driver FOLDER NUM
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -16,43 +17,27 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import generations
 from data.trajectories import Journal, read_trajectories
 from mtpo.chat import ChatFormat
+from mtpo.errors import EngineError
 from mtpo.rollout import Generation, RolloutLimits, Sampling, rollout
 from mtpo.trajectory import Problem, Trajectory
 from sandbox import InterpreterPool
 from tests.scripted import gemma_chat
 
 ROOT = Path(__file__).resolve().parents[1]
+SERVER = ROOT / "tests" / "crash_server.py"
 SAMPLES = 10
 HAS_FAULTS = 3
 
 
-def replies(session: str) -> list[str]:
-    """What the model writes in a session: cells that need the state of earlier ones, and mostly an answer."""
-    rng = random.Random(session)
-    total = rng.randrange(100)
-    cells = [f"total = {total}\nprint(total)"]
-    for _ in range(rng.randrange(4)):
-        factor, term = rng.randrange(2, 10), rng.randrange(100)
-        total = total * factor + term
-        cells.append(f"total = total * {factor} + {term}\nprint(total)")
-    match rng.randrange(10):
-        case 0:
-            cells.append("print(total / 0)")
-        case 1:
-            cells.append("import os\nos._exit(total % 100)")  # a death by the code's own hand is no fault
-    answer = "I do not know." if rng.randrange(10) == 0 else f"It is $\\boxed{{{total}}}$."
-    return [*(f"```python\n{cell}\n```" for cell in cells), answer]
-
-
-class SessionEngine:
-    """Gives the replies of each session in turn."""
+class ServedEngine:
+    """Asks `tests.crash_server` for every turn, and starts another one when that is found dead."""
 
     max_context = 4096
     fingerprint = "scripted"
@@ -60,20 +45,38 @@ class SessionEngine:
     def __init__(self, chat: ChatFormat) -> None:
         self.chat = chat
         self.turns: Counter[str] = Counter()
+        self.start_server()
+
+    def start_server(self) -> None:
+        command = [sys.executable, str(SERVER)]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.server.stdout is not None
+        self.port = int(self.server.stdout.readline() or 0)
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, session: str = ""
     ) -> Generation:
-        await asyncio.sleep(0)
-        text = replies(session)[self.turns[session]]
+        if self.server.poll() is not None:
+            self.start_server()
+        try:
+            text = await self.ask(session, self.turns[session])
+        except (OSError, ValueError) as error:
+            raise EngineError(f"the engine server died: {error}") from None
         self.turns[session] += 1
         ids = (*self.chat.tokenizer(text, add_special_tokens=False)["input_ids"], self.chat.end_of_turn_id)
         return Generation(ids, tuple(-1 / (1 + i) for i in ids), "stop")
 
-    def release(self, session: str) -> None:
-        del self.turns[session]
+    async def ask(self, session: str, turn: int) -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        with contextlib.closing(writer):
+            writer.write(json.dumps([session, turn]).encode() + b"\n")
+            return json.loads(await reader.readline())
 
-    async def aclose(self) -> None: ...
+    def release(self, session: str) -> None:
+        self.turns.pop(session, None)
+
+    async def aclose(self) -> None:
+        self.server.communicate()
 
 
 async def run(folder: Path, num: int) -> int:
@@ -86,8 +89,9 @@ async def run(folder: Path, num: int) -> int:
     problems = [Problem(f"sums/{index}", f"What is sum {index}?", "") for index in range(num // SAMPLES)]
     async with InterpreterPool(size=4, preload=(), isolation="available") as pool:
         with Journal(folder, max_shard_trajectories=max(10, num // 8)) as journal:
+            engine = ServedEngine(chat)
             trajectories = rollout(
-                SessionEngine(chat),
+                engine,
                 pool,
                 chat,
                 problems,
@@ -100,19 +104,21 @@ async def run(folder: Path, num: int) -> int:
                 async for trajectory in trajectories:
                     journal.append(trajectory)
                     print(trajectory.problem_id, trajectory.sample, flush=True)
+            await engine.aclose()
             return len(journal.done(retry_faults=False)) - len(journal.done())
 
 
-def disturbed_run(folder: Path, num: int, seed: int, *, drivers: int, servers: int) -> Counter[str]:
-    """The same as `run`, while the run is killed `drivers` times, and its fork server `servers` times.
+def disturbed_run(folder: Path, num: int, seed: int, **kills: int) -> Counter[str]:
+    """The same as `run`, while parts of it are killed after random numbers of trajectories and fractions of a second.
 
-    The kills come after random numbers of trajectories and random fractions of a second.
+    Args:
+        kills: how often to kill each of `VICTIMS`.
 
     Returns:
         How often each was killed, and how often the run was started.
     """
     rng = random.Random(seed)
-    victims = ["driver"] * drivers + ["fork server"] * servers
+    victims = [victim for victim, times in kills.items() for _ in range(times)]
     rng.shuffle(victims)
     plan = deque(zip(sorted(rng.sample(range(1, num * 9 // 10), len(victims))), victims, strict=True))
     counts: Counter[str] = Counter()
@@ -126,9 +132,11 @@ def disturbed_run(folder: Path, num: int, seed: int, *, drivers: int, servers: i
                 counts["line"] += 1
                 if is_alive and plan and counts["line"] >= plan[0][0]:
                     time.sleep(rng.uniform(0.0, 0.03))
-                    if _kill(driver.pid, victim := plan[0][1]):
-                        plan.popleft()
+                    victim = plan[0][1]
+                    if (pid := VICTIMS[victim](driver.pid)) is not None:
+                        os.kill(pid, signal.SIGKILL)
                         counts[victim] += 1
+                        plan.popleft()
                         is_alive = victim != "driver"  # lines that are still in the pipe go on coming
         if driver.returncode == 0 and not plan:
             return counts
@@ -150,13 +158,26 @@ def _content(trajectory: Trajectory) -> Any:
     return trajectory.segments, executions, trajectory.stop_reason, trajectory.fault
 
 
-def _kill(driver: int, victim: str) -> bool:
-    """Kill the driver or the fork server, which its guardian has started; False while there is none."""
+def _engine_server(driver: int) -> int | None:
+    for pid in next(iter(generations(driver)), []):
+        with contextlib.suppress(OSError):
+            if SERVER.name in Path(f"/proc/{pid}/cmdline").read_text():
+                return pid
+    return None
+
+
+def _fork_server(driver: int) -> int | None:
+    """The child of its guardian."""
     family = generations(driver)
-    if victim == "fork server" and len(family) < 2:
-        return False
-    os.kill(driver if victim == "driver" else family[1][0], signal.SIGKILL)
-    return True
+    return family[1][0] if len(family) > 1 else None
+
+
+VICTIMS: dict[str, Callable[[int], int | None]] = {
+    "driver": lambda driver: driver,
+    "engine_server": _engine_server,
+    "fork_server": _fork_server,
+}
+"""What `disturbed_run` can kill: from the process id of the driver to that of the victim, None while there is none."""
 
 
 if __name__ == "__main__":
