@@ -23,12 +23,16 @@ from data.trajectories import read_trajectories, summarize
 from tests.crash_driver import VICTIMS, contents, disturbed_run, run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__)
     parser.add_argument("--trajectories", type=int, default=2000, help="a multiple of 10")
     parser.add_argument("--kills", type=int, default=20, help="of each of the three")
     parser.add_argument("--seed", type=int, default=0, help="fixes when who is killed")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
     logging.disable(logging.WARNING)
     num, kills = int(options.trajectories), int(options.kills)
     with tempfile.TemporaryDirectory() as name:

@@ -148,11 +148,15 @@ def measure(folder: Path, num: int, *, with_export: bool) -> dict[str, Figure]:
     return figures
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.journal", description=__doc__)
     parser.add_argument("--trajectories", type=int, default=1_000_000)
     parser.add_argument("--export", action="store_true", help="also export to Parquet")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
     numbers = options.trajectories // 10, options.trajectories
     with tempfile.TemporaryDirectory() as name:
         few, many = (measure(Path(name) / "journal", num, with_export=options.export) for num in numbers)

@@ -30,7 +30,10 @@ def replies(session: str) -> list[str]:
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    session, turn = json.loads(await reader.readline())
+    line = await reader.readline()
+    if not line:  # the driver was killed before it had asked
+        return writer.close()
+    session, turn = json.loads(line)
     await asyncio.sleep(random.uniform(0.0, 0.02))  # so that there are always answers for a kill to cut off
     writer.write(json.dumps(replies(session)[turn]).encode() + b"\n")
     writer.close()
