@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import zmq
 import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
@@ -32,6 +33,10 @@ PYTHON_PATHS = {
 }
 LAST_WORDS_S = 0.02
 """How long to go on reading what a kernel sent before it died."""
+MAX_LATE_TURNS = 100
+"""Of the event loop, to take in the messages that have come: several times those of an ordinary cell."""
+NOT_A_MESSAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+"""What jupyter_client, and reading its messages, raise for frames that are none, or not signed."""
 
 
 class CopyError(SandboxError):
@@ -94,12 +99,15 @@ class Kernel:
         """Run one cell to its end, its deadline, or the end of the kernel."""
         excerpt = Excerpt(self._limits.max_output_chars)
         started = time.monotonic()
-        message_id = self._client.execute(_encodable(code), allow_stdin=False, stop_on_error=False)
-        cell = asyncio.ensure_future(self._follow(message_id, excerpt))
-        stopped_at = None
         try:
-            if not await self._settles(cell, timeout_s):
-                stopped_at = datetime.now(UTC)
+            message_id = self._client.execute(_encodable(code), allow_stdin=False, stop_on_error=False)
+        except zmq.Again:  # the code of an earlier cell has broken the connection
+            return CellResult("", 0.0, is_kernel_gone=True, death="it could not be reached any more")
+        cell = asyncio.ensure_future(self._follow(message_id, excerpt))
+        is_stopped = False
+        try:
+            if not await self._settles(cell, timeout_s) and not await _settles_late(cell):
+                is_stopped = True
                 self._server.signal(self.process, signal.SIGINT)
                 if not await self._settles(cell, self._limits.interrupt_grace_s):
                     self.kill()
@@ -109,15 +117,15 @@ class Kernel:
             cell.cancel()
         seconds = time.monotonic() - started
         output = self._without_host_paths(excerpt.text())
-        if not cell.done() or cell.cancelled():
-            if stopped_at is not None:
-                return CellResult(output, seconds, is_stopped=True, is_kernel_gone=True)
-            code = self.exited.result()
-            return CellResult(output, seconds, is_kernel_gone=True, death=_death(code), is_fault=code is None)
-        has_error, began, ended = cell.result()
-        # A cell that ended in time is no timeout just because this event loop was late to notice.
-        is_stopped = stopped_at is not None and ended >= stopped_at
-        return CellResult(output, (ended - began).total_seconds(), has_error, is_stopped)
+        if cell.done() and not cell.cancelled():
+            has_error, own_seconds = cell.result()
+            return CellResult(output, min(max(own_seconds, 0.0), seconds), has_error, is_stopped)
+        if is_stopped:
+            return CellResult(output, seconds, is_stopped=True, is_kernel_gone=True)
+        exit_code = self.exited.result()
+        return CellResult(
+            output, seconds, is_kernel_gone=True, death=_death(exit_code), is_fault=exit_code is None
+        )
 
     def kill(self) -> None:
         """Kill the kernel and all that it started, without waiting for their end."""
@@ -134,29 +142,35 @@ class Kernel:
         done, _ = await asyncio.wait([cell, self.exited], timeout=timeout_s, return_when="FIRST_COMPLETED")
         return bool(done)
 
-    async def _follow(self, message_id: str, excerpt: Excerpt) -> tuple[bool, datetime, datetime]:
+    async def _follow(self, message_id: str, excerpt: Excerpt) -> tuple[bool, float]:
         """Collect the output of a cell until the kernel is idle again.
 
+        What does not follow the protocol is dropped: the code of the model can send whatever it likes.
+
         Returns:
-            Whether the cell raised, when it began and when it ended.
+            Whether the cell raised, and how many seconds it took, both as the kernel says.
         """
-        has_error, began = False, datetime.max
+        has_error, began = False, datetime.max.replace(tzinfo=UTC)
         while True:
-            message = await self._client.get_iopub_msg()
-            if message["parent_header"].get("msg_id") != message_id:
-                continue  # late words of a cell that is over
-            content, date = message["content"], message["header"]["date"]
-            match message["msg_type"]:
-                case "stream":
-                    excerpt.add(content["text"])
-                    excerpt.skip(content.get("num_cut", 0))
-                    excerpt.add(content.get("tail", ""))
-                case "error":
-                    has_error = True
-                case "status" if content["execution_state"] == "busy":
-                    began = date
-                case "status" if content["execution_state"] == "idle":
-                    return has_error, began, date
+            await asyncio.sleep(0)  # a flood of messages would leave no turn to the others of this event loop
+            try:
+                message = await self._client.get_iopub_msg()
+                if message["parent_header"].get("msg_id") != message_id:
+                    continue  # late words of a cell that is over
+                content, date = message["content"], message["header"]["date"]
+                match message["msg_type"]:
+                    case "stream":
+                        excerpt.add(_text(content["text"]))
+                        excerpt.skip(max(0, int(content.get("num_cut", 0))))
+                        excerpt.add(_text(content.get("tail", "")))
+                    case "error":
+                        has_error = True
+                    case "status" if content["execution_state"] == "busy":
+                        began = date
+                    case "status" if content["execution_state"] == "idle":
+                        return has_error, (date - began).total_seconds()
+            except NOT_A_MESSAGE:
+                continue
 
     def _without_host_paths(self, text: str) -> str:
         """Say `.` for the session's directory, and the same names for Python's on every machine."""
@@ -202,6 +216,21 @@ async def start_kernel(
         await asyncio.shield(manager.shutdown_kernel(now=True) if kernel is None else kernel.shutdown())
         raise
     return kernel
+
+
+async def _settles_late(cell: asyncio.Future) -> bool:
+    """Whether a cell has ended of which this event loop, busy with other things, has not heard yet."""
+    for _ in range(MAX_LATE_TURNS):
+        if cell.done():
+            return True
+        await asyncio.sleep(0)
+    return False
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"not a text: {type(value).__name__}")
+    return value
 
 
 def _encodable(code: str) -> str:

@@ -132,6 +132,7 @@ class Sandbox:
             if is_wanted:
                 kinds = syscalls.CLONE_NEWNET | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
                 syscalls.call("unshare", kinds)
+                socket.sethostname("sandbox")
         with self._making("view") as has_view:
             if has_view:
                 syscalls.call("unshare", syscalls.CLONE_NEWNS)

@@ -69,6 +69,21 @@ class SandboxKernelApp(IPKernelApp):
         return super()._bind_socket(s, port)
 
 
+class OneThread:
+    """In the place of ipykernel's thread for the shell channel: there is none, and cells run on the main one."""
+
+    parent_thread = threading.main_thread()
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class ForkedKernel(IPythonKernel):
+    @property
+    def _supports_kernel_subshells(self) -> bool:
+        return False
+
+
 class ForkedKernelApp(SandboxKernelApp):
     """ipykernel in two halves: what `prepare` does is shared by all sessions of a zygote.
 
@@ -87,8 +102,12 @@ class ForkedKernelApp(SandboxKernelApp):
         """Make the kernel and its shell, which need neither a socket, a thread nor an event loop for that."""
         sys.modules["debugpy"] = None  # type: ignore # nobody attaches a debugger; importing one takes 0.2 s
         self.profile_dir = ProfileDir.create_profile_dir(str(directory / "profile"))
-        self.kernel = IPythonKernel.instance(
-            parent=self, log=self.log, session=self.session, profile_dir=self.profile_dir
+        self.kernel = ForkedKernel.instance(
+            parent=self,
+            log=self.log,
+            session=self.session,
+            profile_dir=self.profile_dir,
+            shell_channel_thread=OneThread(),
         )
         shape_output(self.kernel, limits)
         assert self.kernel.shell is not None
@@ -100,6 +119,7 @@ class ForkedKernelApp(SandboxKernelApp):
         asyncio._set_running_loop(None)
         asyncio.set_event_loop(asyncio.new_event_loop())
         self._io_loop = IOLoop.current()
+        wake_on_signals(self._io_loop)
         self._context = zmq.Context()
         kinds = {"shell": zmq.ROUTER, "control": zmq.ROUTER, "iopub": zmq.XPUB}
         sockets = {channel: self._context.socket(kind) for channel, kind in kinds.items()}
@@ -198,6 +218,7 @@ def run_stock() -> None:
     app.use_sockets(config["connection"], config["listening"])
     app.initialize([])
     shape_output(app.kernel, confinement.limits)
+    wake_on_signals(IOLoop.current())
     _seal(confinement, socket.socket(fileno=config["line"]), config["statm"])
     app.start()
 
@@ -213,6 +234,11 @@ class StockKernelApp(SandboxKernelApp):
 
     def write_connection_file(self, **kwargs: Any) -> None:
         """Nobody reads it."""
+
+
+def wake_on_signals(io_loop: Any) -> None:
+    """Have an interrupt end the wait of the event loop, or else it would not reach a cell that awaits."""
+    io_loop.asyncio_loop.add_signal_handler(signal.SIGWINCH, lambda: None)  # one is enough to watch all
 
 
 def _seal(confinement: Confinement, line: socket.socket, statm: int) -> None:

@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 KernelKind = Literal["zygote", "ipykernel"]
 PRELOAD = ("numpy", "sympy")
 START_ATTEMPTS = 3
+COPY_TIMEOUT_S = 5.0
+"""Hundreds of times what a copy takes."""
+MAX_WAITING_MESSAGES = 64
+"""Of a kernel, unread by the owner; a cell sends about six."""
 SOCKETS_PER_KERNEL = 3
 FILES_PER_KERNEL = 10
 SPARE_FILES = 256
@@ -108,8 +112,12 @@ class InterpreterPool:
         self._context = zmq.asyncio.Context()
         self._context.setsockopt(zmq.LINGER, 0)
         self._context.setsockopt(zmq.MAX_SOCKETS, max(1023, SOCKETS_PER_KERNEL * self.size))
-        # Nobody needs larger messages, and who sends one is cut off before it fills this process's memory.
-        self._context.setsockopt(zmq.MAXMSGSIZE, 2**20 + 16 * self.limits.max_output_chars)
+        # Nobody needs larger messages, or more of them at a time: who sends them may not fill this process's
+        # memory.
+        self._context.setsockopt(zmq.MAXMSGSIZE, 2**16 + 16 * self.limits.max_output_chars)
+        self._context.setsockopt(zmq.RCVHWM, MAX_WAITING_MESSAGES)
+        # A kernel that breaks its connection would stop this event loop in the next send.
+        self._context.setsockopt(zmq.SNDTIMEO, 0)
         self._server = ForkServer(self._directory, self.limits, self._kind, self._preload, self._isolation)
         ready = self._server.start()
         self._is_open = True
@@ -214,6 +222,8 @@ class InterpreterPool:
             self._check_open()
             directory = self._directory / str(next(self._numbers))
             patience_s = self.limits.startup_timeout_s
+            if original is not None:  # it may have been made to keep silent
+                patience_s = min(patience_s, COPY_TIMEOUT_S)
             try:
                 async with asyncio.timeout(patience_s):
                     return await start_kernel(self._server, self._context, directory, self.limits, original)

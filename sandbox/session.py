@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NO_OUTPUT = "[no output]"
 GONE = "all variables are gone"
-REPLAY_PATIENCE = 10
+REPLAY_PATIENCE = 3
 """A replayed cell may take this many times its own time limit: the machine may be busier now."""
 
 

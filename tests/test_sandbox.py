@@ -218,6 +218,29 @@ async def test_death_between_cells_is_told_with_the_next_one(session: Session) -
     ]
 
 
+async def test_cells_may_await(session: Session) -> None:
+    cells = ("import asyncio\nx = await asyncio.sleep(0.01, 5)\nx", "x + 1")
+    assert await texts(session, *cells) == ["5", "6"]
+    execution = await session.execute("while True: await asyncio.sleep(60)", timeout_s=0.3)
+    assert (execution.status, execution.text) == (
+        "timeout",
+        "Line 1: while True: await asyncio.sleep(60)\nCancelledError\n"
+        "[stopped after 0.3 s, the time limit; variables are kept]",
+    )
+    assert await texts(session, "x") == ["5"]
+
+
+async def test_a_kernel_that_breaks_its_connection_stops_only_itself(session: Session) -> None:
+    cell = (
+        "import os, socket\nfor fd in range(3, 64):\n    try: socket.socket(fileno=os.dup(fd)).send(b'{}' * 50)\n"
+        "    except OSError: pass"
+    )
+    first = await session.execute(cell, timeout_s=0.5)
+    second = await session.execute("1", timeout_s=0.5)
+    assert {first.status, second.status} & {"timeout", "died"}
+    assert await texts(session, "2") == ["2"]
+
+
 async def test_late_output_of_a_stopped_cell_never_shows(session: Session) -> None:
     cell = (
         "import threading, time\n"
