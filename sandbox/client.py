@@ -182,30 +182,23 @@ class Kernel:
 async def start_kernel(
     server: ForkServer,
     context: zmq.asyncio.Context,
-    directory: Path,
+    address: Path,
     limits: Limits,
     original: Kernel | None = None,
 ) -> Kernel:
     """Start a kernel, or copy the `original`, and connect to it.
 
     Args:
-        directory: made for it, for its sockets.
+        address: the beginning of the path of its sockets.
 
     Raises:
         SandboxError: it did not start.
     """
-    directory.mkdir(mode=0o700)
     manager = AsyncKernelManager(
-        context=context,
-        transport="ipc",
-        ip=str(directory / "s"),
-        connection_file=str(directory / "connection.json"),
-        kernel_spec_manager=SPECS,
-        kernel_name="mtpo",
-        log=logger,
+        context=context, kernel_spec_manager=SPECS, kernel_name="mtpo", connection_file="none", log=logger
     )
     manager.provisioner = provisioner = ForkProvisioner(parent=manager)
-    provisioner.attach(server, directory, None if original is None else original.process)
+    provisioner.attach(server, address, None if original is None else original.process)
     kernel = None
     try:
         await manager.start_kernel()

@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import linecache
 import os
+import re
 import sys
 import threading
 import time
 import traceback
 import warnings
 import weakref
+from collections.abc import Mapping
 from types import MethodType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from ipykernel.ipkernel import IPythonKernel
+from IPython.core.display import DisplayObject
 
 from sandbox.excerpt import Excerpt
 from sandbox.limits import Limits
@@ -28,6 +30,8 @@ from sandbox.limits import Limits
 PUBLISH_CHARS = 2000
 PUBLISH_INTERVAL_S = 0.1
 MAX_SOURCE_CHARS = 200
+ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+"""Colours and the like, which a model would read as noise."""
 QUIET_WARNINGS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, SyntaxWarning)
 """About the style of the code, not about its result."""
 
@@ -55,10 +59,11 @@ class CellOutput(io.TextIOBase):
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
         if os.getpid() == self._owner_pid and threading.current_thread() not in self._muted:
+            shown = ANSI.sub("", text)
             with self._lock:
-                if text:
-                    self._is_line_open = text[-1] != "\n"
-                if ahead := self._excerpt.add(text):
+                if shown:
+                    self._is_line_open = shown[-1] != "\n"
+                if ahead := self._excerpt.add(shown):
                     self._pending.append(ahead)
                     self._num_pending += len(ahead)
             if self._num_pending > PUBLISH_CHARS or time.monotonic() > self._publish_at:
@@ -129,6 +134,7 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     plain.active_types = ["text/plain"]
     text_formatter = plain.formatters["text/plain"]
     text_formatter.for_type = _without_sympy_printing(text_formatter.for_type)
+    text_formatter.for_type(DisplayObject, lambda shown, printer, cycle: printer.text(str(shown.data)))
     shell.displayhook.write_format_data = lambda data, metadata=None: output.write_line(_plain_text(data))
     shell.display_pub.publish = lambda data, metadata=None, **kwargs: output.write_line(_plain_text(data))
     shell.display_pub.clear_output = lambda wait=False: None
@@ -140,7 +146,7 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
         if isinstance(error, KeyboardInterrupt):
             output.mute_other_threads()
         output.write_warnings()
-        summary = describe_error(error, trace, shell.execution_count - 1)
+        summary = describe_error(error, trace, sources, shell.execution_count - 1)
         output.write_line(summary + limit_note(error, limits))
         kernel.send_response(
             kernel.iopub_socket, "error", {"ename": error_type.__name__, "evalue": "", "traceback": []}
@@ -149,6 +155,17 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     def leave_cell() -> None:
         raise SystemExit
 
+    def name_cell(raw_code: str, code: str, number: int) -> str:
+        name = f"<cell {number}>"
+        written, run = raw_code.splitlines(), code.splitlines()
+        sources[name] = written if len(written) == len(run) else run  # as the model wrote it, magics and all
+        return name
+
+    def no_program(*args: Any, **kwargs: Any) -> NoReturn:
+        raise OSError("programs cannot be started here, and nothing can be installed: use Python")
+
+    sources: dict[str, list[str]] = {}
+
     shell.showtraceback = MethodType(show_error, shell)
     shell.showsyntaxerror = lambda *args, **kwargs: show_error(shell)
     # For a history that is not kept, IPython would copy all output into memory, where a print bomb fills it,
@@ -156,7 +173,9 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     shell._tee = lambda channel: contextlib.nullcontext()
     shell._format_exception_for_storage = lambda *args, **kwargs: {}
     shell.ask_exit = leave_cell  # exit() ends the cell, not the session
-    shell.compile.get_code_name = lambda raw_code, code, number: f"<cell {number}>"
+    shell.compile.get_code_name = name_cell
+    if not limits.max_processes:
+        shell.system = shell.getoutput = os.system = no_program
 
     for category in QUIET_WARNINGS:
         warnings.simplefilter("ignore", category)
@@ -164,21 +183,29 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     warnings.showwarning = lambda message, category, *args: output.warn(f"{category.__name__}: {message}")
 
 
-def describe_error(error: BaseException, trace: TracebackType | None, current_cell: int) -> str:
-    """The deepest line of the model's own code on the way to the error, then the error."""
+def describe_error(
+    error: BaseException, trace: TracebackType | None, sources: Mapping[str, list[str]], current_cell: int
+) -> str:
+    """The deepest line of the model's own code on the way to the error, then the error.
+
+    Args:
+        sources: the lines of each cell, by the name of its code.
+        current_cell: its number.
+    """
     place = None
     for frame, line in traceback.walk_tb(trace):
-        if frame.f_code.co_filename.startswith("<cell "):
+        if frame.f_code.co_filename in sources:
             place = frame.f_code.co_filename, line
-    if isinstance(error, SyntaxError) and error.filename and error.filename.startswith("<cell "):
+    if isinstance(error, SyntaxError) and error.filename and error.filename in sources:
         place = error.filename, error.lineno or 1
     message = _message(error)
     summary = f"{type(error).__name__}: {message}" if message else type(error).__name__
     if place is None:
         return summary
-    filename, line = place
-    source = linecache.getline(filename, line).strip()[:MAX_SOURCE_CHARS]
-    cell = "" if filename == f"<cell {current_cell}>" else f" of {filename[1:-1]}"
+    name, line = place
+    lines = sources[name]
+    source = lines[line - 1].strip()[:MAX_SOURCE_CHARS] if line <= len(lines) else ""
+    cell = "" if name == f"<cell {current_cell}>" else f" of {name[1:-1]}"
     return f"Line {line}{cell}: {source}\n{summary}"
 
 

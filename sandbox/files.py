@@ -12,7 +12,7 @@ from pathlib import Path
 from mtpo.errors import SandboxError
 
 MAX_SOCKET_PATH_BYTES = 107  # sun_path of <sys/un.h>, less its final zero
-LONGEST_SOCKET_NAME = "/mtpo-12345678/1000000/s-5"
+LONGEST_SOCKET_NAME = "/mtpo-12345678/1000000-5"
 
 
 def pool_directory() -> Path:

@@ -48,11 +48,10 @@ class SandboxProvisioner(ForkProvisioner):
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
         if not self._holds_server:  # else it is a restart
             shared = self._take_server()
-            directory = shared.directory / str(next(shared.numbers))
-            directory.mkdir(mode=0o700)
-            self.attach(shared.server, directory)
-            self._manager.transport, self._manager.ip = "ipc", str(directory / "s")
-        return await super().pre_launch(**kwargs)
+            self.attach(shared.server, shared.directory / str(next(shared.numbers)))
+        arguments = await super().pre_launch(**kwargs)
+        self._manager.write_connection_file()  # for others to connect
+        return arguments
 
     async def cleanup(self, restart: bool = False) -> None:
         await super().cleanup(restart)

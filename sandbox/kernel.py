@@ -31,6 +31,7 @@ from sandbox.cgroup import join
 from sandbox.confine import Confinement, die_with, move_home
 from sandbox.display import shape_output
 from sandbox.limits import Limits
+from sandbox.warmup import CELLS
 from sandbox.zygote import CHANNELS, MAX_FDS, MAX_PACKET_BYTES, ROOT, send
 
 
@@ -42,6 +43,9 @@ def configuration() -> Config:
     config.IPKernelApp.log_level = "CRITICAL"
     config.IPythonKernel._execute_sleep = 0.0
     return config
+
+
+PORTS = [f"{channel}_port" for channel in CHANNELS]
 
 
 class SandboxKernelApp(IPKernelApp):
@@ -58,8 +62,7 @@ class SandboxKernelApp(IPKernelApp):
         """
         self.load_connection_info(connection)
         self.session.pid = os.getpid()  # made before a fork
-        ports = (getattr(self, f"{channel}_port") for channel in CHANNELS)
-        self._listening = dict(zip(ports, fds, strict=True))
+        self._listening = dict(zip((getattr(self, port) for port in PORTS), fds, strict=True))
 
     def _bind_socket(self, s: zmq.Socket, port: int) -> int | None:
         if port not in self._listening:  # stdin: cells cannot ask
@@ -110,8 +113,31 @@ class ForkedKernelApp(SandboxKernelApp):
             shell_channel_thread=OneThread(),
         )
         shape_output(self.kernel, limits)
-        assert self.kernel.shell is not None
-        self.kernel.shell.run_cell("None", silent=True)  # what the first cell imports and compiles
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Run some cells over sockets within the process, for all that is imported or compiled with the first."""
+        self._listening = {}
+        for number, port in enumerate(PORTS, start=1):
+            setattr(self, port, number)
+        self.connect()
+        self.kernel.start()
+        client = ZMQStream(self._context.socket(zmq.DEALER), self._io_loop)
+        client.socket.connect(f"inproc://{self.shell_port}")
+        client.on_recv(lambda frames: self._io_loop.stop())
+        for cell in CELLS:
+            self.session.send(
+                client, "execute_request", {"code": cell, "silent": False, "stop_on_error": False}
+            )
+            self._io_loop.start()
+        for stream in (client, *self._streams.values()):
+            stream.close(linger=0)
+        self._context.term()
+        self._io_loop.close()
+        asyncio.set_event_loop(None)
+        self._streams = {}
+        shell: Any = self.kernel.shell
+        shell.reset(new_session=True)
 
     def connect(self) -> None:
         """Open the channels, with an event loop of their own."""
@@ -244,6 +270,7 @@ def wake_on_signals(io_loop: Any) -> None:
 def _seal(confinement: Confinement, line: socket.socket, statm: int) -> None:
     """Let no more happen than the model's code needs, and say that the kernel is ready."""
     sys.path[:] = [entry for entry in sys.path if entry != ROOT]
+    sys.argv[:] = [""]
     random.seed(0)  # as numpy's generator, which a fork copies, so that sessions can be replayed
     supervisor = confinement.seal(statm)
     fds = [] if supervisor is None else [supervisor]

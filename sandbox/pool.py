@@ -220,13 +220,13 @@ class InterpreterPool:
     async def _try_start(self, original: Kernel | None = None) -> Kernel:
         async with self._starts:
             self._check_open()
-            directory = self._directory / str(next(self._numbers))
+            address = self._directory / str(next(self._numbers))
             patience_s = self.limits.startup_timeout_s
             if original is not None:  # it may have been made to keep silent
                 patience_s = min(patience_s, COPY_TIMEOUT_S)
             try:
                 async with asyncio.timeout(patience_s):
-                    return await start_kernel(self._server, self._context, directory, self.limits, original)
+                    return await start_kernel(self._server, self._context, address, self.limits, original)
             except TimeoutError:
                 raise SandboxError(f"not ready after {patience_s:g} s") from None
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.connect import KernelConnectionInfo, port_names
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import KernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
@@ -23,18 +23,19 @@ class ForkProvisioner(KernelProvisionerBase):
 
     _scratch: Path | None = None
     _server: ForkServer
+    _address: Path
     process: KernelProcess | None = None
 
-    def attach(self, server: ForkServer, directory: Path, original: KernelProcess | None = None) -> None:
+    def attach(self, server: ForkServer, address: Path, original: KernelProcess | None = None) -> None:
         """Say where the kernel comes from, before it starts.
 
         Args:
             server: the fork server.
-            directory: of this kernel alone, for its sockets. Removed with the kernel.
+            address: its sockets have this path, a hyphen and a number. They are removed with the kernel.
             original: the kernel to copy; None for a fresh one.
         """
         self._server = server
-        self._directory = directory
+        self._address = address
         self._original = original
 
     @property
@@ -75,7 +76,9 @@ class ForkProvisioner(KernelProvisionerBase):
         await self.send_signal(signal.SIGTERM)
 
     async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
-        self._manager.write_connection_file()
+        self._manager.transport, self._manager.ip = "ipc", str(self._address)
+        for number, name in enumerate(port_names, start=1):
+            setattr(self._manager, name, number)
         return {"cmd": []}  # neither a command nor an environment: the fork server has its own
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
@@ -94,8 +97,9 @@ class ForkProvisioner(KernelProvisionerBase):
     async def cleanup(self, restart: bool = False) -> None:
         if restart:
             return
-        await asyncio.to_thread(remove_tree, self._directory)
-        if self._scratch is not None and self._scratch.is_relative_to(self._directory.parent):
+        for number in range(1, len(port_names) + 1):
+            Path(f"{self._address}-{number}").unlink(missing_ok=True)
+        if self._scratch is not None and self._scratch.is_relative_to(self._address.parent):
             await asyncio.to_thread(remove_tree, self._scratch)
             with contextlib.suppress(OSError):  # a fork of the session still lives there
                 self._scratch.parent.rmdir()

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sandbox import seccomp
+from sandbox import seccomp, warmup
 from sandbox.cgroup import join
 from sandbox.confine import Confinement
 
@@ -103,6 +103,7 @@ class Zygote:
         """
         for name in preload:
             importlib.import_module(name)
+        warmup.use(preload)
         if not self._is_stock:
             from sandbox.kernel import ForkedKernelApp, configuration
 

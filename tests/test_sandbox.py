@@ -87,6 +87,9 @@ async def test_execution_says_what_ran_and_how_it_went(session: Session) -> None
         ("from IPython.display import display\ndisplay([1], 'two')\n3", "[1]\n'two'\n3"),
         ("{'a': [1, 2]}", "{'a': [1, 2]}"),
         ("print('\\ud800')", "?"),
+        ("print('\\x1b[1;31mred\\x1b[0m')", "red"),
+        ("from IPython.display import Math\nMath('x^2')", "x^2"),
+        ("import sys\nsys.argv", "['']"),
         ("print('\ud800')", "?"),
         ("import warnings\nwarnings.warn('careful')", "UserWarning: careful"),
         (
@@ -114,6 +117,8 @@ async def test_cell_reads_as(shared: Session, code: str, text: str) -> None:
         ("if True:\nx = 1", "Line 2: x = 1\nIndentationError: expected an indented block after 'if' statement on line 1"),  # noqa: E501
         ("exec('y = (')", "Line 1: exec('y = (')\nSyntaxError: '(' was never closed"),
         ("raise ValueError", "Line 1: raise ValueError\nValueError"),
+        ("x = 1\n!pip install sympy", "Line 2: !pip install sympy\nOSError: programs cannot be started here, and nothing can be installed: use Python"),  # noqa: E501
+        ("import os\nos.system('ls')", "Line 2: os.system('ls')\nOSError: programs cannot be started here, and nothing can be installed: use Python"),  # noqa: E501
         ("import warnings\nwarnings.warn('w')\nprint(1)\n1 / 0", "1\nUserWarning: w\nLine 4: 1 / 0\nZeroDivisionError: division by zero"),  # noqa: E501
         ("x = bytearray(2**34)", "Line 1: x = bytearray(2**34)\nMemoryError [the limit is 1024 MiB of memory]"),
         ("open('f', 'wb').write(bytes(17 * 2**20))", "Line 1: open('f', 'wb').write(bytes(17 * 2**20))\nOSError: [Errno 27] File too large [the limit is 16 MiB a file]"),  # noqa: E501

@@ -16,10 +16,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 FILE = Path(__file__).with_name("sandbox_semantics.txt")
 MAX_OUTPUT_CHARS = 600
 TIMEOUT_S = 20.0
-NOT_YET = {
-    "a magic that does not exist": "the error quotes IPython's translation of the line, not the line",
-}
-"""Scripts that the interpreter still gets wrong; a line goes when its script passes."""
 
 
 class Cell(NamedTuple):
@@ -48,19 +44,13 @@ def read_scripts() -> Iterator[Script]:
         yield Script(name, absent, cells)
 
 
-def as_parameter(script: Script) -> object:
-    reason = NOT_YET.get(script.name)
-    marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-    return pytest.param(script, id=script.name, marks=marks)
-
-
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def pool() -> AsyncIterator[InterpreterPool]:
     async with InterpreterPool(Limits(max_output_chars=MAX_OUTPUT_CHARS), size=2) as pool:
         yield pool
 
 
-@pytest.mark.parametrize("script", [as_parameter(script) for script in read_scripts()])
+@pytest.mark.parametrize("script", list(read_scripts()), ids=lambda script: script.name)
 async def test_the_model_reads(pool: InterpreterPool, script: Script) -> None:
     if script.absent and importlib.util.find_spec(script.absent):
         pytest.skip(f"{script.absent} is installed")
