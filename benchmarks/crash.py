@@ -55,11 +55,13 @@ def compare(undisturbed: Path, killed: Path, num: int) -> dict[str, bool]:
     """What was promised, and whether it is so."""
     expected, found = contents(undisturbed), contents(killed)
     num_lines = sum(1 for _ in read_trajectories(killed))
-    num_different = sum(found.get(key) != expected.get(key) for key in found.keys() | expected.keys())
+    different = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
+    for key in different[:1]:
+        print(f"for example {key}:\n  {expected.get(key)}\n  {found.get(key)}")
     num_faults = len(summarize(killed).faults)
     return {
         f"{num_lines} trajectories in the journal, {len(found)} distinct": num_lines == len(found) == num,
-        f"{num_different} differ from the undisturbed run": num_different == 0,
+        f"{len(different)} differ from the undisturbed run": not different,
         f"{num_faults} are environment faults": num_faults == 0,
     }
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import data.shards
 import data.trajectories
-from data.journal_index import Keys
+from data.journal_index import Keys, summaries
 from data.shards import seal, unseal
 from data.trajectories import Journal, read_trajectories, summarize
 from mtpo.errors import InputError, MtpoError
@@ -156,6 +156,18 @@ def test_an_index_that_does_not_fit_its_shard_is_not_believed(tmp_path: Path) ->
     assert summarize(tmp_path / "a").done == {("set/0", sample) for sample in (10, 11, 2, 3, 4)}
 
 
+def test_a_torn_index_costs_only_its_last_line(tmp_path: Path) -> None:
+    index = fill(tmp_path, 5) / "index.jsonl"
+    index.write_bytes(index.read_bytes()[:-20])
+    assert [is_indexed for *_, is_indexed in summaries(tmp_path)] == [
+        True,
+        False,
+        False,
+    ]  # the last one is open
+    fill(tmp_path, 2, first=5)
+    assert [is_indexed for *_, is_indexed in summaries(tmp_path)] == [True, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -213,6 +225,14 @@ def test_a_crash_while_a_shard_is_closed_is_mended(tmp_path: Path) -> None:
     Journal(tmp_path).close()
     assert (plain.exists(), closed.read_bytes()) == (False, whole)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_reader_does_not_mind_that_a_shard_is_closed_meanwhile(tmp_path: Path) -> None:
+    reader = read_trajectories(fill(tmp_path, 3))
+    assert next(reader).sample == 0
+    fill(tmp_path, 4, first=3)
+    assert not (tmp_path / "00001.jsonl").exists()
+    assert [t.sample for t in reader] == [1, 2, 3]  # the two shards that there were
 
 
 def test_a_shard_that_cannot_be_compressed_stays_as_it_is(
@@ -291,6 +311,16 @@ def test_a_line_torn_at_any_byte_costs_only_itself(tmp_path: Path, caplog: pytes
             journal.append(attempt(sample=1))
         assert f"cut off {end - second} bytes" in caplog.text
         assert shard.read_bytes() == whole
+
+
+def test_a_torn_line_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
+    shard = write(tmp_path, attempt(sample=0))
+    whole = shard.read_bytes()
+    for content, num_kept in ((whole, 1), (b"", 0)):
+        shard.write_bytes(content + b"x" * (5 << 19))
+        with Journal(tmp_path) as journal:
+            assert len(journal.done()) == num_kept
+        assert shard.read_bytes() == content
 
 
 def test_a_changed_byte_is_an_error_that_names_file_and_line(tmp_path: Path) -> None:
