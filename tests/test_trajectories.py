@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import gzip
 import json
@@ -314,10 +315,10 @@ def test_a_line_torn_at_any_byte_costs_only_itself(tmp_path: Path, caplog: pytes
 
 
 def test_a_torn_line_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
-    shard = write(tmp_path, attempt(sample=0))
-    whole = shard.read_bytes()
-    for content, num_kept in ((whole, 1), (b"", 0)):
-        shard.write_bytes(content + b"x" * (5 << 19))
+    mib = 1 << 20
+    shard = write(tmp_path, dataclasses.replace(attempt(), metadata={"long": "x" * (3 * mib // 2)}))
+    for content, num_kept in ((shard.read_bytes(), 1), (b"", 0)):
+        shard.write_bytes(content + b"x" * (5 * mib // 2))
         with Journal(tmp_path) as journal:
             assert len(journal.done()) == num_kept
         assert shard.read_bytes() == content
