@@ -39,6 +39,13 @@ NOT_A_MESSAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowErr
 """What jupyter_client, and reading its messages, raise for frames that are none, or not signed."""
 
 
+class FilelessManager(AsyncKernelManager):
+    """A manager whose kernel is told its connection directly, and whose clients it makes itself."""
+
+    def write_connection_file(self, **kwargs: object) -> None:
+        """Nobody would read it, and it holds a key."""
+
+
 class CopyError(SandboxError):
     """A kernel cannot be copied as it is; another way to its state may exist."""
 
@@ -194,8 +201,12 @@ async def start_kernel(
     Raises:
         SandboxError: it did not start.
     """
-    manager = AsyncKernelManager(
-        context=context, kernel_spec_manager=SPECS, kernel_name="mtpo", connection_file="none", log=logger
+    manager = FilelessManager(
+        context=context,
+        kernel_spec_manager=SPECS,
+        kernel_name="mtpo",
+        connection_file=f"{address}.json",
+        log=logger,
     )
     manager.provisioner = provisioner = ForkProvisioner(parent=manager)
     provisioner.attach(server, address, None if original is None else original.process)
