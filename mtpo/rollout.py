@@ -45,6 +45,8 @@ class Generation:
     """log p of each id at temperature 1, before any truncation of the distribution, in nats."""
     finish_reason: Literal["stop", "length"]
     """`stop`: the last id is one of the stop ids. `length`: the tokens, or the context, ran out."""
+    is_from_text: bool = False
+    """`ids` are a tokenizer's reading of returned text and not what was sampled: nothing to train on."""
 
 
 class Engine(Protocol):

@@ -1,0 +1,451 @@
+"""`OpenAIEngine` against a fake server on loopback, and against the real one of vLLM (`make test-vllm`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from mtpo.engines.openai import OpenAIEngine
+from mtpo.engines.transformers import TransformersEngine
+from mtpo.errors import EngineError, InputError
+from mtpo.models import load_model
+from mtpo.rollout import Generation, Sampling
+from tests.engine_conformance import (
+    PROMPTS,
+    Promise,
+    Subject,
+    complete,
+    every_promise,
+    stress_model,
+)
+from tests.tiny_tokenizers import make_tokenizer
+
+Answer = tuple[int, Any]
+STOPPED = Generation((7, 8, 1), (-0.5, -0.25, -0.125), "stop")
+SAMPLING = Sampling(16, (1,))
+
+
+class FakeServer:
+    """Answers `/v1/completions` with what `answer` makes of the request, in a thread a request.
+
+    Its address stays its own when it stops, so that it can come back.
+    """
+
+    def __init__(
+        self, answer: Callable[[dict[str, Any]], Answer], *, model: str = "policy", **card: Any
+    ) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.answer = answer
+        self.card = {"id": model, "max_model_len": 512, **card}
+        self._port = 0
+        self.start()
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
+        self._port = self._http.server_address[1]
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    @property
+    def prompts(self) -> list[Any]:
+        return [request["prompt"] for request in self.requests]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeServer
+
+    def do_GET(self) -> None:
+        self._reply(200, {"data": [self.fake.card]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.fake.requests.append(body)
+        self._reply(*self.fake.answer(body))
+
+    def _reply(self, status: int, content: Any) -> None:
+        payload = json.dumps(content).encode()
+        with contextlib.suppress(ConnectionError):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+    def log_message(self, *_: Any) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def completion(found: Generation, body: dict[str, Any], **changes: Any) -> Answer:
+    """A generation as vLLM sends it."""
+    choice = {
+        "index": 0,
+        "text": "",
+        "finish_reason": found.finish_reason,
+        "token_ids": list(found.ids),
+        "prompt_token_ids": body["prompt"],
+        "logprobs": {"token_logprobs": found.logps},
+    }
+    return 200, {"choices": [choice | changes]}
+
+
+def stopped(body: dict[str, Any]) -> Answer:
+    return completion(STOPPED, body)
+
+
+@contextlib.contextmanager
+def fakes(*answers: Callable[[dict[str, Any]], Answer], **card: Any) -> Iterator[list[FakeServer]]:
+    servers = [FakeServer(answer, **card) for answer in answers]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def engine_for(*servers: FakeServer, **options: Any) -> OpenAIEngine:
+    return OpenAIEngine([s.url for s in servers], "policy", **{"patience_s": 5.0, **options})
+
+
+# -- the whole protocol, with a model behind it --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_server() -> Iterator[tuple[FakeServer, Any]]:
+    """A server with a model, which honours every field that the client sends."""
+    model = stress_model()
+    engine = TransformersEngine(model)
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    def answer(body: dict[str, Any]) -> Answer:
+        assert body["ignore_eos"] and body["return_token_ids"] and body["logprobs"] == 0
+        sampling = Sampling(
+            max_tokens=body["max_tokens"],
+            stop_ids=tuple(body["stop_token_ids"]),
+            temperature=body["temperature"],
+            top_p=body["top_p"],
+            top_k=max(body["top_k"], 0),
+            min_p=body["min_p"],
+            seed=body["seed"],
+        )
+        found = asyncio.run_coroutine_threadsafe(engine.generate(body["prompt"], sampling), loop).result()
+        return completion(found, body)
+
+    with fakes(answer) as [server]:
+        yield server, model
+    asyncio.run_coroutine_threadsafe(engine.aclose(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+
+
+@every_promise
+async def test_client_keeps_an_engines_promises(
+    promise: Promise, model_server: tuple[FakeServer, Any]
+) -> None:
+    server, model = model_server
+    engine = engine_for(server)
+    await promise(Subject(engine, model))
+    await engine.aclose()
+
+
+# -- servers that fail ---------------------------------------------------------------------------------------
+
+
+async def test_a_replica_that_dies_loses_nothing_and_is_used_again_when_it_is_back() -> None:
+    def slow(body: dict[str, Any]) -> Answer:
+        time.sleep(0.05)
+        return stopped(body)
+
+    with fakes(slow, slow) as [first, second]:
+        engine = engine_for(first, second)
+        calls = [
+            asyncio.create_task(engine.generate([2, 5, i], SAMPLING, session=f"{i}")) for i in range(3, 33)
+        ]
+        await asyncio.sleep(0.02)
+        first.stop()
+        assert [g.ids for g in await asyncio.gather(*calls)] == [STOPPED.ids] * 30
+        later = await complete(engine, [[2, 5, i] for i in range(40, 50)], SAMPLING, "later")
+        assert len(later) == 10 and all([2, 5, i] in second.prompts for i in range(40, 50))
+        num_before = len(first.requests)
+        first.start()
+        await eventually(lambda: len(engine._usable) == 2)
+        await complete(engine, PROMPTS, SAMPLING, "last")
+        assert len(first.requests) > num_before
+        await engine.aclose()
+
+
+async def test_an_attempt_that_takes_too_long_is_made_elsewhere() -> None:
+    waiting = threading.Event()
+
+    def stuck(body: dict[str, Any]) -> Answer:
+        waiting.wait(5)
+        return stopped(body)
+
+    with fakes(stuck, stopped) as [first, second]:
+        engine = engine_for(first, second, timeout_s=0.2)
+        assert (await engine.generate([2, 5], SAMPLING, session="a")).ids == STOPPED.ids
+        assert (first.prompts, second.prompts) == ([[2, 5]], [[2, 5]])
+        waiting.set()
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_a_server_that_fails_now_and_then_is_asked_again(status: int) -> None:
+    answers = iter([status, status, 200])
+
+    def flaky(body: dict[str, Any]) -> Answer:
+        return stopped(body) if next(answers) == 200 else (status, {"error": {"message": "overloaded"}})
+
+    with fakes(flaky) as [server]:
+        engine = engine_for(server)
+        assert (await engine.generate([2, 5], SAMPLING)).ids == STOPPED.ids
+        assert len(server.requests) == 3
+        await engine.aclose()
+
+
+async def test_a_request_that_one_replica_cannot_answer_is_asked_of_the_other_at_once() -> None:
+    with fakes(lambda _: (500, {}), stopped) as [first, second]:
+        engine = engine_for(first, second)
+        for i in range(4):
+            assert (await engine.generate([2, 5], SAMPLING, session=f"{i}")).ids == STOPPED.ids
+        assert len(second.requests) == 4
+        await engine.aclose()
+
+
+async def test_patience_ends_with_the_last_reason() -> None:
+    with fakes(lambda _: (500, {"error": {"message": "CUDA error:\nout of memory"}})) as [server]:
+        engine = engine_for(server, patience_s=0.3)
+        with pytest.raises(
+            EngineError, match=r"no server gave an answer for 0\.3 s: .* CUDA error: out of memory"
+        ):
+            await engine.generate([2, 5], SAMPLING)
+        await engine.aclose()
+
+
+async def test_servers_that_stay_away_are_a_fault_of_the_environment() -> None:
+    with fakes(stopped) as [server]:
+        engine = engine_for(server, patience_s=0.3)
+        server.stop()
+        with pytest.raises(EngineError, match=r"for 0.3 s: http://127\.0\.0\.1:\d+: .*connection"):
+            await engine.generate([2, 5], SAMPLING)
+        server.start()
+        await engine.aclose()
+
+
+async def test_a_replica_that_starts_late_joins() -> None:
+    with fakes(stopped, stopped) as [first, second]:
+        first.stop()
+        engine = engine_for(first, second)
+        await engine.generate([2, 5], SAMPLING)
+        first.start()
+        await eventually(lambda: len(engine._usable) == 2)
+        await engine.generate([2, 5], SAMPLING)
+        assert len(first.requests) == 1
+        await engine.aclose()
+
+
+# -- servers that are not what they should be ----------------------------------------------------------------
+
+
+async def test_turns_of_a_session_go_to_one_replica() -> None:
+    with fakes(stopped, stopped, stopped) as servers:
+        engine = engine_for(*servers)
+        for turn in range(3):
+            await complete(engine, [[2, 5, i, turn] for i in range(9)], SAMPLING)
+        homes = [{tuple(p[:3]) for p in s.prompts} for s in servers]
+        assert sorted(map(len, homes)) == [3, 3, 3] and len(set.union(*homes)) == 9
+        await engine.aclose()
+
+
+async def test_a_server_without_token_ids_is_refused() -> None:
+    with fakes(lambda body: completion(STOPPED, body, token_ids=None)) as [server]:
+        engine = engine_for(server)
+        with pytest.raises(InputError, match=r"returns no token ids .* make nothing to train on"):
+            await engine.generate([2, 5], SAMPLING)
+        await engine.aclose()
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+async def test_text_is_read_by_the_tokenizer_and_marked(takes_ids: bool) -> None:
+    tokenizer = make_tokenizer("gemma")
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    reply = "print(total)"
+
+    def text_only(body: dict[str, Any]) -> Answer:
+        assert body["stop"] == ["<end_of_turn>", "<eos>"]
+        if not takes_ids and not isinstance(body["prompt"], str):
+            return 422, {"error": {"message": "prompt must be a string"}}
+        return 200, {"choices": [{"text": reply, "finish_reason": "stop"}]}
+
+    prompt = [
+        tokenizer.bos_token_id,
+        *tokenizer("<start_of_turn>user\n48", add_special_tokens=False)["input_ids"],
+    ]
+    with fakes(text_only) as [server]:
+        engine = engine_for(server, text_tokenizer=tokenizer)
+        for _ in range(2):
+            found = await engine.generate(prompt, Sampling(16, (end, tokenizer.eos_token_id)))
+            written = tuple(tokenizer(reply, add_special_tokens=False)["input_ids"])
+            assert found == Generation((*written, end), None, "stop", is_from_text=True)
+        text = "<start_of_turn>user\n48"  # without the BOS, which a server puts there itself
+        assert server.prompts == ([prompt, prompt] if takes_ids else [prompt, text, text])
+        await engine.aclose()
+
+
+async def test_an_exact_answer_is_not_marked_because_text_would_be_allowed() -> None:
+    with fakes(stopped) as [server]:
+        engine = engine_for(server, text_tokenizer=make_tokenizer("gemma"))
+        assert await engine.generate([2, 5], SAMPLING) == STOPPED
+        await engine.aclose()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "complaint"),
+    [
+        (lambda b: (400, {"error": {"message": "bad\nseed"}}), InputError, "refuses: bad seed"),
+        (lambda b: (404, {"detail": "gone"}), InputError, "refuses: .*gone"),
+        (
+            lambda b: completion(STOPPED, b, prompt_token_ids=[2, 2, 5]),
+            InputError,
+            "changed the prompt of 2 ids to 3",
+        ),
+        (lambda b: completion(Generation((), (), "stop"), b), EngineError, "returned no token"),
+        (
+            lambda b: completion(STOPPED, b, logprobs={"token_logprobs": [None] * 3}),
+            EngineError,
+            "3 of 3 log-probs",
+        ),
+        (lambda b: (200, ["hello"]), EngineError, "gave no completion"),
+    ],
+)
+async def test_a_wrong_answer_is_named(answer: Any, error: type[Exception], complaint: str) -> None:
+    with fakes(answer) as [server]:
+        engine = engine_for(server)
+        with pytest.raises(error, match=complaint) as raised:
+            await engine.generate([2, 5], SAMPLING)
+        assert "\n" not in str(raised.value)
+        await engine.aclose()
+
+
+def test_servers_that_cannot_be_meant_are_refused_when_the_engine_is_made() -> None:
+    with pytest.raises(InputError, match=r"'10\.0\.0\.7:8000' is no URL of a server"):
+        OpenAIEngine(["10.0.0.7:8000"], "policy")
+    with pytest.raises(InputError, match="at least one server"):
+        OpenAIEngine([], "policy")
+    with fakes(stopped) as [server], pytest.raises(InputError, match="serves policy, not other"):
+        OpenAIEngine([server.url], "other")
+    with fakes(stopped, max_model_len=None) as [server]:
+        with pytest.raises(InputError, match="give max_context"):
+            OpenAIEngine([server.url], "policy")
+        assert OpenAIEngine([server.url + "/v1/"], "policy", max_context=99).max_context == 99
+    server = FakeServer(stopped)
+    server.stop()
+    with pytest.raises(InputError, match=r"no server answers for 0\.2 s"):
+        OpenAIEngine([server.url], "policy", patience_s=0.2)
+
+
+# -- the real server of vLLM ---------------------------------------------------------------------------------
+
+
+class VLLMServer:
+    """vLLM's own server of one model, in processes of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        options = f"""--model {self.folder} --served-model-name policy --host 127.0.0.1 --port {self.port}
+            --dtype float32 --enforce-eager --max-num-seqs 64 --gpu-memory-utilization 0.2 --block-size 32
+            --prefix-cache-retention-interval 32 --generation-config vllm"""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options.split()],
+            env={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def metric(self, name: str) -> float:
+        lines = httpx2.get(f"{self.url}/metrics", trust_env=False).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"vllm:{name}{{"))
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+    folder = tmp_path_factory.mktemp("served")
+    stress_model().save_pretrained(folder)
+    make_tokenizer("gemma").save_pretrained(folder)  # the server wants one, though only ids are sent
+    server = VLLMServer(folder)
+    started = time.monotonic()
+    OpenAIEngine([server.url], "policy")
+    print(f"vLLM's server answers after {time.monotonic() - started:.0f} s")
+    yield server
+    server.kill()
+
+
+@pytest.mark.vllm
+@every_promise
+async def test_vllm_server_keeps_an_engines_promises(promise: Promise, vllm_server: VLLMServer) -> None:
+    engine = OpenAIEngine([vllm_server.url], "policy")
+    assert engine.max_context == 512
+    await promise(Subject(engine, load_model(vllm_server.folder)))
+    await engine.aclose()
+
+
+@pytest.mark.vllm
+async def test_a_cancelled_call_is_aborted_on_the_server(vllm_server: VLLMServer) -> None:
+    engine = OpenAIEngine([vllm_server.url], "policy")
+    num_finished = vllm_server.metric("request_success_total")
+    calls = [asyncio.create_task(engine.generate(PROMPTS[0], Sampling(500, ()))) for _ in range(8)]
+    await eventually(lambda: vllm_server.metric("num_requests_running") == 8)
+    for call in calls:
+        call.cancel()
+    await eventually(lambda: vllm_server.metric("num_requests_running") == 0)
+    assert vllm_server.metric("request_success_total") == num_finished
+    await engine.aclose()
+
+
+@pytest.mark.vllm
+async def test_a_killed_vllm_server_that_comes_back_loses_nothing(vllm_server: VLLMServer) -> None:
+    engine = OpenAIEngine([vllm_server.url], "policy")
+    prompts = [[*PROMPTS[i % 3], 5 + i] for i in range(30)]
+    undisturbed = await complete(engine, prompts, Sampling(200, (), seed=4))
+    calls = asyncio.create_task(complete(engine, prompts, Sampling(200, (), seed=4), "again"))
+    await eventually(lambda: vllm_server.metric("num_requests_running") == 30)
+    vllm_server.kill()
+    vllm_server.start()
+    assert [g.ids for g in await calls] == [g.ids for g in undisturbed]
+    await engine.aclose()
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not await asyncio.to_thread(condition):
+            await asyncio.sleep(0.01)
