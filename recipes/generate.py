@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from data.problems import load_problems, write_problems
-from data.trajectories import Journal, read_trajectories
+from data.trajectories import Journal, summarize
 from mtpo.chat import ChatFormat
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
@@ -189,7 +189,7 @@ def sample_into(
             )  # fmt: skip
             with progress:
                 asyncio.run(work)
-    return tally(read_trajectories(folder / "trajectories"))
+    return summarize(folder / "trajectories").counts()
 
 
 async def _sample(
@@ -265,17 +265,6 @@ class _Progress:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-
-
-def tally(trajectories: Any) -> dict[str, Any]:
-    """Counts over trajectories, for a summary."""
-    reasons: Counter[str] = Counter()
-    sums: Counter[str] = Counter()
-    for trajectory in trajectories:
-        reasons[trajectory.stop_reason.value] += 1
-        sums["tool_calls"] += len(trajectory.executions)
-        sums["sampled_tokens"] += trajectory.num_action_tokens
-    return {"trajectories": sum(reasons.values()), "stop_reasons": dict(sorted(reasons.items())), **sums}
 
 
 if __name__ == "__main__":
