@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, MutableSet
@@ -244,7 +245,7 @@ def add_to_index(folder: Path, number: int, summary: Summary) -> None:
     line = seal({"shard": closed.name, "sha256": _sha256(closed), **summary.to_json()})
     with (folder / INDEX).open("a+b") as file:
         if file.tell():
-            file.seek(-1, 2)
+            file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # torn by a crash
                 line = b"\n" + line
         file.write(line)

@@ -250,8 +250,8 @@ def _finish_shard(folder: Path, number: int, summary: Summary) -> None:
             compress_shard(folder, number)
         add_to_index(folder, number, summary)
         plain.unlink(missing_ok=True)
-    except OSError as error:
-        logger.warning("%s: not compressed: %s", plain, error.strerror)
+    except Exception as error:  # whatever it is: nobody else would hear of it from this thread
+        logger.warning("%s: not compressed: %s: %s", plain, type(error).__name__, error)
 
 
 def _lock(folder: Path) -> int:

@@ -245,7 +245,7 @@ def test_a_shard_that_cannot_be_compressed_stays_as_it_is(
     with monkeypatch.context() as patched:
         patched.setattr(data.shards.shutil, "copyfileobj", refuse)
         fill(tmp_path, 5)
-    assert "00000.jsonl: not compressed: No space left on device" in caplog.text
+    assert "00000.jsonl: not compressed: OSError: [Errno 28] No space left on device" in caplog.text
     assert names(tmp_path) == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
     assert samples(fill(tmp_path, 1, first=5)) == [0, 1, 2, 3, 4, 5]
     assert names(tmp_path)[:2] == ["00000.jsonl.gz", "00001.jsonl.gz"]
