@@ -89,12 +89,8 @@ class ForkServer:
         if self._ready is None:
             self._ready = asyncio.get_running_loop().create_future()
             self._ready.add_done_callback(_retrieve)
-            try:
-                self._make_cgroups()
-            except SandboxError as error:
-                _fail(self._ready, str(error))
-            else:
-                self._spawn()
+            self._make_cgroups()
+            self._spawn()
         return self._ready
 
     def _make_cgroups(self) -> None:
@@ -104,7 +100,6 @@ class ForkServer:
             self._cgroups = Cgroups(self._limits)
         except OSError as error:
             self.missing["cgroup"] = str(error)
-            judge(self._isolation, self.missing)
 
     def _spawn(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -217,9 +212,7 @@ class ForkServer:
     def _on_event(self, event: dict[str, Any]) -> None:
         match event:
             case {"event": "ready"}:
-                assert self._ready is not None
-                self._ready.set_result(None)
-                _warn_once(judge(self._isolation, self.missing))
+                self._accept()
             case {"event": "missing", "reasons": reasons}:
                 self._do_without(reasons)
             case {"event": "failed", "id": None, "error": error}:
@@ -236,13 +229,19 @@ class ForkServer:
                 if self._cgroups is not None:
                     self._cgroups.remove(id)
 
-    def _do_without(self, reasons: dict[str, str]) -> None:
-        """Start again with fewer layers, if the policy allows that."""
-        self.missing |= reasons
+    def _accept(self) -> None:
+        """Take the process into service, if what it lacks is not too much for the policy."""
+        assert self._ready is not None
         try:
-            judge(self._isolation, self.missing)
+            _warn_once(judge(self._isolation, self.missing))
         except SandboxError as error:
-            return self._lose(str(error))
+            self._lose(str(error))
+        else:
+            self._ready.set_result(None)
+
+    def _do_without(self, reasons: dict[str, str]) -> None:
+        """Start again with fewer layers, if only to learn of everything that is missing."""
+        self.missing |= reasons
         self._hang_up()
         self._spawn()
 
