@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "data": {"mtpo"},
     "eval": {"mtpo", "data"},
     "recipes": {"mtpo", "sandbox", "data", "eval"},
+    "benchmarks": {"mtpo", "sandbox", "data", "eval", "recipes", "tests"},
 }
 FILES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 MODULES = [
