@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self
 
 from mtpo.answers import boxed_in_prose
 from mtpo.chat import ChatFormat, code_to_run
-from mtpo.errors import EngineError, EnvironmentFault, SandboxError
+from mtpo.errors import EngineError, EnvironmentFault, InputError, SandboxError
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -136,6 +137,22 @@ class RolloutLimits:
     """Seconds that one code block may run."""
     max_retries: int = 2
     """How often a trajectory that met an environment fault is started again."""
+    max_seconds: float | None = None
+    """Wall seconds after which a trajectory takes no further turn; None sets no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branching:
+    """Trajectories that share their first turns, so that pairs differ from one turn on."""
+
+    turn: int
+    """The first turn of the model, counted from 0, that each continuation samples for itself."""
+    width: int
+    """Continuations of one beginning, the first included."""
+
+    def __post_init__(self) -> None:
+        if self.turn < 1 or self.width < 2:
+            raise InputError(f"branching needs a turn of 1 or more and a width of 2 or more, got {self}")
 
 
 async def rollout(
@@ -153,6 +170,8 @@ async def rollout(
     iteration: int = 0,
     skip: Container[tuple[str, int]] = frozenset(),
     max_in_flight: int = 64,
+    branching: Branching | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[Trajectory, None]:
     """Sample `samples` trajectories of each problem, yielding each as soon as it is finished.
 
@@ -164,25 +183,38 @@ async def rollout(
         first_sample: index of the first sample of each problem.
         skip: (problem id, sample) pairs that are not wanted, for resuming.
         seed: with the problem, sample and turn it fixes every draw.
+        branching: each block of `width` samples shares the turns before `turn`, and the interpreter's state
+            then. A block whose first sample ends earlier is sampled independently.
+        is_stopping: once it says yes, nothing new is started, and what is in flight is finished.
+
+    Raises:
+        InputError: `samples` or `first_sample` is no multiple of the width of `branching`.
     """
-    jobs = (
-        (problem, sample)
+    width = branching.width if branching else 1
+    if samples % width or first_sample % width:
+        raise InputError(
+            f"samples ({samples}, from {first_sample}) must be a multiple of the branching width {width}"
+        )
+    blocks = (
+        (problem, root, wanted)
         for problem in problems
-        for sample in range(first_sample, first_sample + samples)
-        if (problem.id, sample) not in skip
+        for root in range(first_sample, first_sample + samples, width)
+        if (wanted := [s for s in range(root, root + width) if (problem.id, s) not in skip])
     )
-    player = _Player(engine, interpreter, chat, decoding, limits, seed, policy, iteration)
-    running: set[asyncio.Task[Trajectory]] = set()
+    player = _Player(engine, interpreter, chat, decoding, limits, seed, policy, iteration, branching)
+    running: set[asyncio.Task[list[Trajectory]]] = set()
     try:
         while True:
-            for problem, sample in itertools.islice(jobs, max_in_flight - len(running)):
-                running.add(asyncio.create_task(player.play(problem, sample)))
+            room = max_in_flight // width - len(running)
+            for block in itertools.islice(blocks, 0 if is_stopping() else max(room, not running)):
+                running.add(asyncio.create_task(player.play_block(*block)))
             if not running:
                 return
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in [t for t in running if t.done()]:
                 running.discard(task)
-                yield task.result()
+                for trajectory in task.result():
+                    yield trajectory
     finally:
         for task in running:
             task.cancel()
@@ -203,10 +235,18 @@ class _Tape:
     executions: list[Execution] = field(default_factory=list)
     generate_s: float = 0.0
     execute_s: float = 0.0
+    started_at: float = field(default_factory=time.monotonic)
+
+    def copy(self) -> _Tape:
+        return replace(self, segments=list(self.segments), executions=list(self.executions))
 
     @property
     def ids(self) -> list[int]:
         return [i for segment in self.segments for i in segment.ids]
+
+    @property
+    def num_turns(self) -> int:
+        return sum(s.kind == "action" for s in self.segments)
 
     @property
     def num_action_tokens(self) -> int:
@@ -223,44 +263,116 @@ class _Player:
     seed: int
     policy: str
     iteration: int
+    branching: Branching | None
 
-    async def play(self, problem: Problem, sample: int) -> Trajectory:
-        """One trajectory. A fault starts it again from the beginning, and is recorded when it persists."""
+    async def play_block(self, problem: Problem, root: int, wanted: Sequence[int]) -> list[Trajectory]:
+        """The `wanted` samples among those that share the beginning of sample `root`."""
+        if self.branching is None or len(wanted) == 1:
+            return list(await asyncio.gather(*(self.play(problem, sample, root) for sample in wanted)))
+        found: dict[int, Trajectory] = {}
+        tape = _Tape([self.chat.prompt(problem.question)])
+        with contextlib.suppress(
+            EnvironmentFault
+        ):  # then each is played from the beginning, with its retries
+            async with contextlib.AsyncExitStack() as sessions:
+                session = await sessions.enter_async_context(self.interpreter.session())
+                reason = await self._fill(tape, session, problem, root, root, until=self.branching.turn)
+                if reason is None:
+                    copies = {s: await sessions.enter_async_context(await session.fork()) for s in wanted}
+                    found = await self._play_copies(problem, root, tape, copies)
+                elif root in wanted:
+                    found[root] = self._trajectory(tape, problem, root, reason)
+        missing = [sample for sample in wanted if sample not in found]
+        played = await asyncio.gather(*(self.play(problem, sample, root) for sample in missing))
+        found |= dict(zip(missing, played, strict=True))
+        return [found[sample] for sample in wanted]
+
+    async def _play_copies(
+        self, problem: Problem, root: int, beginning: _Tape, copies: dict[int, InterpreterSession]
+    ) -> dict[int, Trajectory]:
+        """Go on from one state in several ways; those that meet a fault are left out."""
+
+        async def play(sample: int) -> Trajectory:
+            tape = beginning.copy()
+            reason = await self._fill(tape, copies[sample], problem, sample, root)
+            assert reason is not None
+            return self._trajectory(tape, problem, sample, reason, root=root)
+
+        played = await asyncio.gather(*map(play, copies), return_exceptions=True)
+        for result in played:
+            if isinstance(result, BaseException) and not isinstance(result, EnvironmentFault):
+                raise result
+        return {s: t for s, t in zip(copies, played, strict=True) if isinstance(t, Trajectory)}
+
+    async def play(self, problem: Problem, sample: int, root: int) -> Trajectory:
+        """One trajectory. A fault starts it again from the beginning, and is recorded when it persists.
+
+        Args:
+            root: the sample whose draws it repeats in the turns before the branching; itself if none.
+        """
         for retries_left in reversed(range(self.limits.max_retries + 1)):
             tape = _Tape([self.chat.prompt(problem.question)])
-            fault = None
+            reason, fault = None, None
             try:
-                reason = await self._fill(tape, problem, sample)
+                async with self.interpreter.session() as session:
+                    reason = await self._fill(tape, session, problem, sample, root)
             except EnvironmentFault as error:
                 logger.warning("%s sample %d: %s (%d retries left)", problem.id, sample, error, retries_left)
                 reason, fault = StopReason.ENVIRONMENT_FAULT, f"{type(error).__name__}: {error}"
             if fault is None or not retries_left:
-                return self._trajectory(tape, problem, sample, reason, fault)
+                assert reason is not None
+                trajectory = self._trajectory(tape, problem, sample, reason, fault, root)
+                if trajectory.parent is None and root != sample and fault is None:
+                    return await self.play(problem, sample, sample)  # so far it is its root all over again
+                return trajectory
         raise AssertionError("unreachable: max_retries is not negative")
 
-    async def _fill(self, tape: _Tape, problem: Problem, sample: int) -> StopReason:
-        session_name = f"{problem.id}/{sample}"
+    async def _fill(
+        self,
+        tape: _Tape,
+        session: InterpreterSession,
+        problem: Problem,
+        sample: int,
+        root: int,
+        until: int | None = None,
+    ) -> StopReason | None:
+        """Take turns, from where the tape ends.
+
+        Returns:
+            Why the trajectory ended; None when turn `until` is the next.
+        """
+        own_from = self.branching.turn if self.branching else 0
+        name = f"{problem.id}/{sample}"
         try:
-            async with self.interpreter.session() as session:
-                for turn in range(self.limits.max_turns):
-                    reason = await self._act(
-                        tape, turn_seed(self.seed, problem.id, sample, turn), session_name
-                    )
-                    if reason is not None:
-                        return reason
-                    text = tape.segments[-1].text
-                    if boxed_in_prose(text) is not None:
-                        return StopReason.ANSWERED
-                    code = code_to_run(text)
-                    if code is None:
-                        return StopReason.NO_CODE
-                    if turn + 1 == self.limits.max_turns:
-                        return StopReason.TURN_LIMIT
-                    if not await self._observe(tape, session, code):
-                        return StopReason.CONTEXT_LIMIT
+            for turn in range(len(tape.segments) // 2, self.limits.max_turns):
+                if turn == until:
+                    return None
+                if self._is_late(tape):
+                    return StopReason.TIME_LIMIT
+                seed = turn_seed(self.seed, problem.id, sample if turn >= own_from else root, turn)
+                reason = await self._act(tape, seed, name)
+                if reason is not None:
+                    return reason
+                text = tape.segments[-1].text
+                if boxed_in_prose(text) is not None:
+                    return StopReason.ANSWERED
+                code = code_to_run(text)
+                if code is None:
+                    return StopReason.NO_CODE
+                if turn + 1 == self.limits.max_turns:
+                    return StopReason.TURN_LIMIT
+                if self._is_late(tape):
+                    return StopReason.TIME_LIMIT
+                if not await self._observe(tape, session, code):
+                    return StopReason.CONTEXT_LIMIT
             raise AssertionError("unreachable: the last turn returns")
         finally:
-            self.engine.release(session_name)
+            self.engine.release(name)
+
+    def _is_late(self, tape: _Tape) -> bool:
+        """Whether the wall time is used up; a trajectory always has its first turn."""
+        limit, has_acted = self.limits.max_seconds, len(tape.segments) > 1
+        return limit is not None and has_acted and time.monotonic() - tape.started_at > limit
 
     async def _act(self, tape: _Tape, seed: int, session_name: str) -> StopReason | None:
         """Sample one turn; the reason to stop if a limit cut it short."""
@@ -310,8 +422,16 @@ class _Player:
         return True
 
     def _trajectory(
-        self, tape: _Tape, problem: Problem, sample: int, reason: StopReason, fault: str | None
+        self,
+        tape: _Tape,
+        problem: Problem,
+        sample: int,
+        reason: StopReason,
+        fault: str | None = None,
+        root: int | None = None,
     ) -> Trajectory:
+        branch = self.branching
+        has_branched = branch and root not in (None, sample) and tape.num_turns > branch.turn
         segments = tape.segments
         if segments[-1].kind == "observation":  # a fault, or a limit, came before the action that answers it
             segments = segments[:-1]
@@ -329,4 +449,6 @@ class _Player:
             generate_s=round(tape.generate_s, 4),
             execute_s=round(tape.execute_s, 4),
             fault=fault,
+            parent=root if has_branched else None,
+            branch_turn=branch.turn if branch and has_branched else None,
         )

@@ -33,6 +33,8 @@ class StopReason(StrEnum):
     """A turn, or the trajectory, ran out of new tokens: truncated."""
     CONTEXT_LIMIT = "context_limit"
     """The next turn would not have fitted into the model's context: truncated."""
+    TIME_LIMIT = "time_limit"
+    """The trajectory ran out of wall time: truncated, by the machine as much as by the model."""
     ENVIRONMENT_FAULT = "environment_fault"
     """Engine or interpreter failed, also after retries: says nothing about the model."""
 
@@ -44,7 +46,12 @@ class StopReason(StrEnum):
     @property
     def is_truncated(self) -> bool:
         """A limit ended the trajectory: unfinished, which is not the same as wrong."""
-        return self in (StopReason.TURN_LIMIT, StopReason.TOKEN_LIMIT, StopReason.CONTEXT_LIMIT)
+        return self in (
+            StopReason.TURN_LIMIT,
+            StopReason.TOKEN_LIMIT,
+            StopReason.CONTEXT_LIMIT,
+            StopReason.TIME_LIMIT,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,10 @@ class Trajectory:
     """Seconds spent waiting for the interpreter."""
     fault: str | None = None
     """What failed, when the stop reason is `environment_fault`."""
+    parent: int | None = None
+    """The sample of the same problem that this one branched off; None for one that began at the beginning."""
+    branch_turn: int | None = None
+    """The model's turn, counted from 0, that is the first of its own; None without a parent."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Origin of imported trajectories; nothing in mtpo depends on it."""
 
@@ -158,6 +169,8 @@ class Trajectory:
                     f"the inserted ids must hold the BOS id {self.bos_id} once, at the start, "
                     f"but hold it {inserted.count(self.bos_id)} times and start with {inserted[0]}"
                 )
+        if (self.parent is None) != (self.branch_turn is None):
+            return f"parent {self.parent!r} does not go with branch turn {self.branch_turn!r}"
         if (self.stop_reason == StopReason.ENVIRONMENT_FAULT) != (self.fault is not None):
             return f"stop reason {self.stop_reason.value!r} does not go with fault {self.fault!r}"
         return None

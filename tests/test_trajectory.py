@@ -95,5 +95,6 @@ def test_truncated_is_neither_finished_nor_a_fault() -> None:
         StopReason.TURN_LIMIT: (False, True),
         StopReason.TOKEN_LIMIT: (False, True),
         StopReason.CONTEXT_LIMIT: (False, True),
+        StopReason.TIME_LIMIT: (False, True),
         StopReason.ENVIRONMENT_FAULT: (False, False),
     }
