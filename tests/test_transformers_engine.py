@@ -7,11 +7,20 @@ import torch
 from mtpo.engines.transformers import TransformersEngine
 from mtpo.errors import EngineError, InputError
 from mtpo.logprobs import action_logps
-from mtpo.rollout import Generation, Sampling
+from mtpo.rollout import Sampling
+from tests.engine_conformance import (
+    GREEDY,
+    LONG,
+    PROMPTS,
+    Promise,
+    Subject,
+    complete,
+    every_promise,
+    greedy_ids,
+    stress_model,
+)
 from tests.tiny_models import FAMILIES, Family, tiny_model
 
-PROMPTS = [[2, 5, 6, 7], [2, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20], [2, 8]]
-LONG = 24
 NO_STOP = ()
 
 
@@ -19,25 +28,20 @@ def model_of(family: Family):
     return tiny_model(family, std=0.3)  # sharp enough that a wrong mask, position or soft-cap changes tokens
 
 
-async def complete(engine: TransformersEngine, prompts, sampling, session: str = "s") -> list[Generation]:
-    calls = [engine.generate(p, sampling, session=f"{session}{i}") for i, p in enumerate(prompts)]
-    return await asyncio.gather(*calls)
+@every_promise
+async def test_engine_keeps_its_promises(promise: Promise) -> None:
+    model = stress_model()
+    engine = TransformersEngine(model)
+    await promise(Subject(engine, model))
+    await engine.aclose()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_greedy_ids_equal_those_of_generate(family: Family) -> None:
     model = model_of(family)
     engine = TransformersEngine(model)
-    generations = await complete(engine, PROMPTS, Sampling(LONG, NO_STOP, temperature=0))
-    for prompt, generation in zip(PROMPTS, generations, strict=True):
-        expected = model.generate(  # pyright: ignore[reportCallIssue]
-            torch.tensor([prompt]),
-            max_new_tokens=LONG,
-            min_new_tokens=LONG,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        assert list(generation.ids) == expected[0, len(prompt) :].tolist()
+    generations = await complete(engine, PROMPTS, GREEDY)
+    assert [g.ids for g in generations] == [greedy_ids(model, p, LONG) for p in PROMPTS]
     await engine.aclose()
 
 
@@ -98,31 +102,6 @@ async def test_sessions_beyond_the_rows_are_evicted_or_wait_and_lose_nothing() -
         return found
 
     assert await play(max_rows=2) == await play(max_rows=16)
-
-
-async def test_generation_stops_on_ids_and_keeps_the_stop_id() -> None:
-    engine = TransformersEngine(model_of("llama"))
-    [free] = await complete(engine, PROMPTS[:1], Sampling(LONG, NO_STOP, temperature=0))
-    stop = free.ids[5]
-    first = free.ids.index(stop)
-    [stopped] = await complete(engine, PROMPTS[:1], Sampling(LONG, (stop,), temperature=0), session="t")
-    assert (stopped.ids, stopped.finish_reason) == (free.ids[: first + 1], "stop")
-    assert free.finish_reason == "length" and len(free.ids) == LONG
-    await engine.aclose()
-
-
-async def test_seeds_reproduce_whatever_else_is_in_the_batch() -> None:
-    model = model_of("gemma2")
-    engine = TransformersEngine(model)
-    alone = await engine.generate(PROMPTS[0], Sampling(LONG, NO_STOP, seed=11), session="a")
-    sampling = Sampling(LONG, NO_STOP, seed=11)
-    among = await asyncio.gather(
-        *(engine.generate(PROMPTS[1], Sampling(LONG, NO_STOP, seed=i), session=f"x{i}") for i in range(5)),
-        engine.generate(PROMPTS[0], sampling, session="b"),
-    )
-    other = await engine.generate(PROMPTS[0], Sampling(LONG, NO_STOP, seed=12), session="c")
-    assert among[-1].ids == alone.ids != other.ids
-    await engine.aclose()
 
 
 async def test_context_ends_a_turn_as_too_long() -> None:
