@@ -137,6 +137,15 @@ async def seeds_reproduce_whatever_else_is_in_the_batch(subject: Subject) -> Non
     assert among.ids == alone.ids != other.ids
 
 
+async def truncation_and_temperature_are_those_asked_for(subject: Subject) -> None:
+    """Each of them, at its sharpest, leaves the most likely token alone."""
+    greedy = greedy_ids(subject.model, PROMPTS[0], LONG)
+    free = Sampling(LONG, ())
+    for changes in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 0.01}):
+        [answer] = await complete(subject.engine, PROMPTS[:1], replace(free, **changes))
+        assert answer.ids == greedy, changes
+
+
 async def max_tokens_end_a_turn_as_too_long(subject: Subject) -> None:
     [free] = await complete(subject.engine, PROMPTS[:1], GREEDY)
     [cut] = await complete(subject.engine, PROMPTS[:1], replace(GREEDY, max_tokens=3))
@@ -193,6 +202,7 @@ PROMISES: list[Promise] = [
     stop_ids_alone_end_a_turn,
     a_turn_may_be_its_stop_id_alone,
     seeds_reproduce_whatever_else_is_in_the_batch,
+    truncation_and_temperature_are_those_asked_for,
     max_tokens_end_a_turn_as_too_long,
     the_context_ends_a_turn_as_too_long,
     a_request_for_nothing_is_refused,

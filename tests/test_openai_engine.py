@@ -43,7 +43,7 @@ SAMPLING = Sampling(16, (1,))
 class FakeServer:
     """Answers `/v1/completions` with what `answer` makes of the request, in a thread a request.
 
-    Its address stays its own when it stops, so that it can come back.
+    When it stops, what it is working on gets no answer. Its address stays its own, so that it can come back.
     """
 
     def __init__(
@@ -59,10 +59,13 @@ class FakeServer:
     def start(self) -> None:
         handler = type("Handler", (_Handler,), {"fake": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
+        self._http.block_on_close = False
+        self.is_up = True
         self._port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
+        self.is_up = False
         self._http.shutdown()
         self._http.server_close()
 
@@ -75,12 +78,16 @@ class _Handler(BaseHTTPRequestHandler):
     fake: FakeServer
 
     def do_GET(self) -> None:
+        assert self.path == "/v1/models"
         self._reply(200, {"data": [self.fake.card]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/completions"
         self.fake.requests.append(body)
-        self._reply(*self.fake.answer(body))
+        status, content = self.fake.answer(body)
+        if self.fake.is_up:
+            self._reply(status, content)
 
     def _reply(self, status: int, content: Any) -> None:
         payload = json.dumps(content).encode()
@@ -181,6 +188,7 @@ async def test_a_replica_that_dies_loses_nothing_and_is_used_again_when_it_is_ba
         await asyncio.sleep(0.02)
         first.stop()
         assert [g.ids for g in await asyncio.gather(*calls)] == [STOPPED.ids] * 30
+        assert engine._usable == {1}
         later = await complete(engine, [[2, 5, i] for i in range(40, 50)], SAMPLING, "later")
         assert len(later) == 10 and all([2, 5, i] in second.prompts for i in range(40, 50))
         num_before = len(first.requests)
@@ -354,7 +362,8 @@ def test_servers_that_cannot_be_meant_are_refused_when_the_engine_is_made() -> N
     with fakes(stopped, max_model_len=None) as [server]:
         with pytest.raises(InputError, match="give max_context"):
             OpenAIEngine([server.url], "policy")
-        assert OpenAIEngine([server.url + "/v1/"], "policy", max_context=99).max_context == 99
+        engine = OpenAIEngine([server.url + "/v1/"], "policy", max_context=99, patience_s=0.2)
+        assert engine.max_context == 99
     server = FakeServer(stopped)
     server.stop()
     with pytest.raises(InputError, match=r"no server answers for 0\.2 s"):
@@ -424,7 +433,7 @@ async def test_a_cancelled_call_is_aborted_on_the_server(vllm_server: VLLMServer
     engine = OpenAIEngine([vllm_server.url], "policy")
     num_finished = vllm_server.metric("request_success_total")
     calls = [asyncio.create_task(engine.generate(PROMPTS[0], Sampling(500, ()))) for _ in range(8)]
-    await eventually(lambda: vllm_server.metric("num_requests_running") == 8)
+    await eventually(lambda: vllm_server.metric("num_requests_running") > 0)
     for call in calls:
         call.cancel()
     await eventually(lambda: vllm_server.metric("num_requests_running") == 0)
@@ -436,9 +445,9 @@ async def test_a_cancelled_call_is_aborted_on_the_server(vllm_server: VLLMServer
 async def test_a_killed_vllm_server_that_comes_back_loses_nothing(vllm_server: VLLMServer) -> None:
     engine = OpenAIEngine([vllm_server.url], "policy")
     prompts = [[*PROMPTS[i % 3], 5 + i] for i in range(30)]
-    undisturbed = await complete(engine, prompts, Sampling(200, (), seed=4))
-    calls = asyncio.create_task(complete(engine, prompts, Sampling(200, (), seed=4), "again"))
-    await eventually(lambda: vllm_server.metric("num_requests_running") == 30)
+    undisturbed = await complete(engine, prompts, Sampling(400, (), seed=4))
+    calls = asyncio.create_task(complete(engine, prompts, Sampling(400, (), seed=4), "again"))
+    await eventually(lambda: vllm_server.metric("num_requests_running") > 0)
     vllm_server.kill()
     vllm_server.start()
     assert [g.ids for g in await calls] == [g.ids for g in undisturbed]

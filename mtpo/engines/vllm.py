@@ -72,10 +72,8 @@ class VLLMEngine:
         self._adapter = None if adapter is None else Path(adapter)
         self._engine_args = {**DEFAULT_ARGS, **engine_args}
         if self._adapter is not None:
-            self._engine_args = {
-                "enable_lora": True,
-                "max_lora_rank": _rank(self._adapter),
-            } | self._engine_args
+            lora_args = {"enable_lora": True, "max_lora_rank": _rank(self._adapter)}
+            self._engine_args = lora_args | self._engine_args
         self._router = Router(engine_args.get("data_parallel_size", 1))
         self._request_numbers = itertools.count()
         self._num_starts = 0
@@ -83,7 +81,7 @@ class VLLMEngine:
         self._lora: Any = None
         self._lora_numbers = itertools.count(1)
         self._loop = asyncio.new_event_loop()
-        self._start_lock = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
         try:
@@ -123,7 +121,7 @@ class VLLMEngine:
 
     def release(self, session: str) -> None:
         """Only the routing forgets the session: vLLM evicts what has not been used for longest."""
-        self._loop.call_soon_threadsafe(self._router.release, session)
+        self._router.release(session)
 
     async def aclose(self) -> None:
         """Stop vLLM. Calls that are in flight are cancelled; closing twice is fine."""
@@ -141,14 +139,15 @@ class VLLMEngine:
         block_size = {"block_size": 32} if current_platform.is_cpu() else {}  # 128 shares no short prompt
         try:
             args = AsyncEngineArgs(**{"model": self._model, **block_size, **self._engine_args, **EXACT_ARGS})
-            self._llm = AsyncLLM.from_engine_args(args)
+            llm = AsyncLLM.from_engine_args(args)
         except (TypeError, ValueError, OSError) as error:
             raise InputError(f"vLLM refuses {self._model}: {_first_line(error)}") from error
         except RuntimeError as error:
             raise EngineError(f"vLLM did not start: {_first_line(error)}") from error
-        self._num_starts += 1
         if self._adapter is not None:
-            await self._load_adapter(self._adapter)
+            self._lora = await self._loaded(llm, self._adapter)
+        self._llm = llm
+        self._num_starts += 1
 
     async def _generate(
         self, prompt: list[int], sampling: Sampling, num_asked: int, session: str
@@ -156,20 +155,25 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
 
         for can_retry in (True, False):
-            start = self._num_starts
+            async with self._changing:
+                start = self._num_starts
             try:
                 with self._router.route(session, range(len(self._router.in_flight))) as rank:
                     return await self._sample(prompt, sampling, num_asked, rank)
             except EngineDeadError as error:
                 if not can_retry:
                     raise EngineError("vLLM died twice over one request") from error
-                await self._restart(after=start)
+                async with self._changing:
+                    if self._num_starts == start:  # nobody else has seen to it
+                        await self._restart()
         raise AssertionError("unreachable: the second round returns or raises")
 
     async def _sample(self, prompt: list[int], sampling: Sampling, num_asked: int, rank: int) -> Generation:
         from vllm.inputs import tokens_input  # pyright: ignore[reportMissingImports]
-        from vllm.v1.engine.exceptions import EngineGenerateError  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError  # pyright: ignore
 
+        if self._llm is None:  # an earlier start failed, or was cancelled
+            raise EngineDeadError
         answers = self._llm.generate(
             tokens_input(prompt),
             _sampling_params(sampling, num_asked),
@@ -190,58 +194,65 @@ class VLLMEngine:
         return checked_generation(ids, logps, sampling.stop_ids, num_asked)
 
     async def _update(self, folder: Path) -> None:
-        if num_running := sum(self._router.in_flight):
-            raise EngineError(f"weights cannot change while {num_running} requests are in flight")
-        if (folder / "adapter_config.json").exists():
-            await self._load_adapter(folder)
-        elif (folder / "config.json").exists():
-            await self._load_model(folder)
-        else:
-            raise InputError(f"{folder}: expected config.json or adapter_config.json")
-        if not await self._llm.reset_prefix_cache():
-            raise EngineError("vLLM kept its prefix cache, whose values belong to the old weights")
-        self.fingerprint = _fingerprint(self._model, self._adapter)
+        async with self._changing:
+            if num_running := sum(self._router.in_flight):
+                raise EngineError(f"weights cannot change while {num_running} requests are in flight")
+            if (folder / "adapter_config.json").exists():
+                await self._change_adapter(folder)
+            elif (folder / "config.json").exists():
+                await self._change_model(folder)
+            else:
+                raise InputError(f"{folder}: expected config.json or adapter_config.json")
+            if not await self._llm.reset_prefix_cache():
+                raise EngineError("vLLM kept its prefix cache, whose values belong to the old weights")
+            self.fingerprint = _fingerprint(self._model, self._adapter)
 
-    async def _load_adapter(self, folder: Path) -> None:
-        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-
+    async def _change_adapter(self, folder: Path) -> None:
         if self._adapter is None:
             raise InputError(f"{folder} is an adapter, but this engine was made without one")
-        number = next(self._lora_numbers)
-        lora = LoRARequest(f"adapter-{number}", number, str(folder.resolve()))
-        try:
-            await self._llm.add_lora(lora)
-        except Exception as error:  # whatever its worker raised, as text
-            raise InputError(f"vLLM refuses the adapter {folder}: {_first_line(error)}") from error
-        if self._lora is not None:
-            await self._llm.remove_lora(self._lora.lora_int_id)
-        self._adapter, self._lora = folder, lora
+        old, self._lora = self._lora, await self._loaded(self._llm, folder)
+        self._adapter = folder
+        await self._llm.remove_lora(old.lora_int_id)
 
-    async def _load_model(self, folder: Path) -> None:
+    async def _loaded(self, llm: Any, adapter: Path) -> Any:
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        number = next(self._lora_numbers)
+        lora = LoRARequest(f"adapter-{number}", number, str(adapter.resolve()))
+        try:
+            await llm.add_lora(lora)
+        except Exception as error:  # whatever its worker raised, as text
+            raise InputError(f"vLLM refuses the adapter {adapter}: {_first_line(error)}") from error
+        return lora
+
+    async def _change_model(self, folder: Path) -> None:
         fits = _shapes(folder) == _shapes(_local_folder(self._model))
         self._model = str(folder)
-        if not fits:
-            logger.warning("%s has other weights than the model that is served: starting vLLM again", folder)
-            await self._restart(after=self._num_starts)
-            return
-        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": self._model})
+        if fits:
+            try:
+                await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": self._model})
+                return
+            except (
+                Exception
+            ) as error:  # whatever its worker raised, as text; some weights may be the new ones
+                logger.warning("vLLM could not load %s in place: %s", folder, _first_line(error))
+        await self._restart()
 
-    async def _restart(self, after: int) -> None:
-        """Start vLLM again, unless someone did since its start number `after`."""
-        async with self._start_lock:
-            if self._num_starts == after:
-                logger.warning("starting vLLM again")
-                self._llm.shutdown()
-                self._lora = None
-                await self._start()
+    async def _restart(self) -> None:
+        logger.warning("starting vLLM again with %s", self._model)
+        if self._llm is not None:
+            self._llm.shutdown()
+        self._llm = self._lora = None
+        await self._start()
 
     async def _shut_down(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        self._llm.shutdown()
-        self._llm = None  # its __del__ fails in an interpreter that is being torn down
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None  # its __del__ fails in an interpreter that is being torn down
 
     # -- between the threads ---------------------------------------------------------------------------------
 
