@@ -88,12 +88,13 @@ class Kernel:
         return self.process.exited
 
     async def connect(self) -> None:
-        """Wait until no output can be missed.
+        """Connect while the kernel starts, and wait until no output can be missed.
 
         Raises:
-            SandboxError: the kernel died first.
+            SandboxError: the kernel did not start, or died first.
         """
         self._client.start_channels(stdin=False, hb=False, control=False)
+        await asyncio.shield(self.process.listening)
         welcome = asyncio.ensure_future(self._client.get_iopub_msg())
         try:
             await asyncio.wait([welcome, self.exited], return_when="FIRST_COMPLETED")
@@ -127,12 +128,11 @@ class Kernel:
         if cell.done() and not cell.cancelled():
             has_error, own_seconds = cell.result()
             return CellResult(output, min(max(own_seconds, 0.0), seconds), has_error, is_stopped)
+        is_lost = self.exited.done() and self.exited.result() is None
         if is_stopped:
-            return CellResult(output, seconds, is_stopped=True, is_kernel_gone=True)
+            return CellResult(output, seconds, is_stopped=True, is_kernel_gone=True, is_fault=is_lost)
         exit_code = self.exited.result()
-        return CellResult(
-            output, seconds, is_kernel_gone=True, death=_death(exit_code), is_fault=exit_code is None
-        )
+        return CellResult(output, seconds, is_kernel_gone=True, death=_death(exit_code), is_fault=is_lost)
 
     def kill(self) -> None:
         """Kill the kernel and all that it started, without waiting for their end."""

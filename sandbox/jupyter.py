@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jupyter_client.connect import KernelConnectionInfo
 from traitlets import Dict, Unicode
 
 from sandbox.files import pool_directory, remove_tree
@@ -52,6 +53,12 @@ class SandboxProvisioner(ForkProvisioner):
         arguments = await super().pre_launch(**kwargs)
         self._manager.write_connection_file()  # for others to connect
         return arguments
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
+        connection = await super().launch_kernel(cmd, **kwargs)
+        assert self.process is not None
+        await self.process.listening
+        return connection
 
     async def cleanup(self, restart: bool = False) -> None:
         await super().cleanup(restart)

@@ -21,7 +21,7 @@ from sandbox.server import STOP_TIMEOUT_S, ForkServer, KernelProcess
 class ForkProvisioner(KernelProvisionerBase):
     """Starts one kernel through a fork server, and signals and ends it."""
 
-    _scratch: Path | None = None
+    _launched: KernelProcess | None = None
     _server: ForkServer
     _address: Path
     process: KernelProcess | None = None
@@ -82,16 +82,14 @@ class ForkProvisioner(KernelProvisionerBase):
         return {"cmd": []}  # neither a command nor an environment: the fork server has its own
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
-        """Start the kernel.
+        """Have the kernel started. Clients may connect at once; `process.listening` says when it answers.
 
         Raises:
-            SandboxError: it did not start.
+            SandboxError: the fork server would not start.
         """
         connection = self._manager.get_connection_info()
         as_json = {**connection, "key": self._manager.session.key.decode()}
-        self.process = await self._server.launch(as_json, self._original)
-        await self.process.listening
-        self._scratch = Path(self.process.scratch)
+        self._launched = self.process = await self._server.launch(as_json, self._original)
         return connection
 
     async def cleanup(self, restart: bool = False) -> None:
@@ -99,10 +97,11 @@ class ForkProvisioner(KernelProvisionerBase):
             return
         for number in range(1, len(port_names) + 1):
             Path(f"{self._address}-{number}").unlink(missing_ok=True)
-        if self._scratch is not None and self._scratch.is_relative_to(self._address.parent):
-            await asyncio.to_thread(remove_tree, self._scratch)
+        scratch = Path(self._launched.scratch if self._launched else "")
+        if scratch.is_relative_to(self._address.parent):
+            await asyncio.to_thread(remove_tree, scratch)
             with contextlib.suppress(OSError):  # a fork of the session still lives there
-                self._scratch.parent.rmdir()
+                scratch.parent.rmdir()
 
 
 class SandboxKernelSpecs(KernelSpecManager):
