@@ -75,6 +75,13 @@ async def test_turns_and_samples_share_what_is_computed(subject: Subject) -> Non
     assert min(cached) > len(ids) - 2 * BLOCK
 
 
+async def test_more_seeded_prompts_than_fit_one_step_are_answered(subject: Subject) -> None:
+    prompts = [[2, *((5 + i * j) % 58 + 5 for j in range(300))] for i in range(40)]
+    found = await complete(subject.engine, prompts, Sampling(3, (), seed=1))
+    assert [len(g.ids) for g in found] == [3] * 40
+    assert subject.engine._num_starts == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
 async def test_an_id_outside_the_vocabulary_is_refused(subject: Subject) -> None:
     for wrong in (-1, 64):
         with pytest.raises(InputError, match="the model knows 0 to 63"):

@@ -36,6 +36,10 @@ DEFAULT_ARGS: dict[str, Any] = {
     "prefix_cache_retention_interval": None,  # 0, the default, forgets sampled ids in sliding-window layers
     "disable_log_stats": True,
 }
+CPU_ARGS: dict[str, Any] = {
+    "block_size": 32,  # the default, 128, shares no short prompt
+    "enable_chunked_prefill": False,  # vLLM 0.32 dies of a seeded request whose prompt is cut (Generator.get_offset)
+}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes as `max_lora_rank`."""
 
@@ -136,9 +140,9 @@ class VLLMEngine:
         from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
         from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
 
-        block_size = {"block_size": 32} if current_platform.is_cpu() else {}  # 128 shares no short prompt
+        device_args = CPU_ARGS if current_platform.is_cpu() else {}
         try:
-            args = AsyncEngineArgs(**{"model": self._model, **block_size, **self._engine_args, **EXACT_ARGS})
+            args = AsyncEngineArgs(**{"model": self._model, **device_args, **self._engine_args, **EXACT_ARGS})
             llm = AsyncLLM.from_engine_args(args)
         except (TypeError, ValueError, OSError) as error:
             raise InputError(f"vLLM refuses {self._model}: {_first_line(error)}") from error
