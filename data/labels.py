@@ -39,6 +39,7 @@ class Fate(StrEnum):
     FAULT = "environment fault"
     UNGRADED = "ungraded"
     NO_ACTION = "without action ids"
+    FROM_TEXT = "read from text"
     TOO_LONG = "too long"
     IGNORED_ERROR = "ignored tool error"
     DUPLICATE = "duplicate"
@@ -223,6 +224,8 @@ def fate_of(
         return Fate.TRUNCATED
     if not trajectory.num_action_tokens:
         return Fate.NO_ACTION
+    if trajectory.is_from_text:
+        return Fate.FROM_TEXT
     gave_no_answer = trajectory.stop_reason == StopReason.NO_CODE
     if grade.verdict == "ungraded" and not gave_no_answer:
         return Fate.UNGRADED

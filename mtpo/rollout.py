@@ -233,6 +233,7 @@ class _Tape:
 
     segments: list[Segment]
     executions: list[Execution] = field(default_factory=list)
+    is_from_text: bool = False
     generate_s: float = 0.0
     execute_s: float = 0.0
     started_at: float = field(default_factory=time.monotonic)
@@ -270,39 +271,42 @@ class _Player:
         if self.branching is None or len(wanted) == 1:
             return list(await asyncio.gather(*(self.play(problem, sample, root) for sample in wanted)))
         found: dict[int, Trajectory] = {}
+        copies: dict[int, asyncio.Task[Trajectory]] = {}
         tape = _Tape([self.chat.prompt(problem.question)])
-        with contextlib.suppress(
-            EnvironmentFault
-        ):  # then each is played from the beginning, with its retries
-            async with contextlib.AsyncExitStack() as sessions:
-                session = await sessions.enter_async_context(self.interpreter.session())
-                reason = await self._fill(tape, session, problem, root, root, until=self.branching.turn)
-                if reason is None:
-                    copies = {s: await sessions.enter_async_context(await session.fork()) for s in wanted}
-                    found = await self._play_copies(problem, root, tape, copies)
-                elif root in wanted:
-                    found[root] = self._trajectory(tape, problem, root, reason)
+        try:
+            with contextlib.suppress(EnvironmentFault):
+                async with self.interpreter.session() as session:
+                    reason = await self._fill(tape, session, problem, root, root, until=self.branching.turn)
+                    if reason is not None and root in wanted:
+                        found[root] = self._trajectory(tape, problem, root, reason)
+                    for sample in wanted if reason is None else ():
+                        play = self._play_copy(tape.copy(), await session.fork(), problem, sample, root)
+                        copies[sample] = asyncio.create_task(play)
+            played = await asyncio.gather(*copies.values(), return_exceptions=True)
+        except BaseException:
+            for task in copies.values():
+                task.cancel()
+            await asyncio.gather(*copies.values(), return_exceptions=True)
+            raise
+        for sample, result in zip(copies, played, strict=True):
+            if isinstance(result, Trajectory):
+                found[sample] = result
+            elif not isinstance(result, EnvironmentFault):
+                raise result
+        # A fault, or a want of kernels to fork into: from the beginning, each for itself and with its retries.
         missing = [sample for sample in wanted if sample not in found]
-        played = await asyncio.gather(*(self.play(problem, sample, root) for sample in missing))
-        found |= dict(zip(missing, played, strict=True))
+        again = await asyncio.gather(*(self.play(problem, sample, root) for sample in missing))
+        found |= dict(zip(missing, again, strict=True))
         return [found[sample] for sample in wanted]
 
-    async def _play_copies(
-        self, problem: Problem, root: int, beginning: _Tape, copies: dict[int, InterpreterSession]
-    ) -> dict[int, Trajectory]:
-        """Go on from one state in several ways; those that meet a fault are left out."""
-
-        async def play(sample: int) -> Trajectory:
-            tape = beginning.copy()
-            reason = await self._fill(tape, copies[sample], problem, sample, root)
-            assert reason is not None
-            return self._trajectory(tape, problem, sample, reason, root=root)
-
-        played = await asyncio.gather(*map(play, copies), return_exceptions=True)
-        for result in played:
-            if isinstance(result, BaseException) and not isinstance(result, EnvironmentFault):
-                raise result
-        return {s: t for s, t in zip(copies, played, strict=True) if isinstance(t, Trajectory)}
+    async def _play_copy(
+        self, tape: _Tape, session: InterpreterSession, problem: Problem, sample: int, root: int
+    ) -> Trajectory:
+        """Go on from a state that others go on from too."""
+        async with session:
+            reason = await self._fill(tape, session, problem, sample, root)
+        assert reason is not None
+        return self._trajectory(tape, problem, sample, reason, root=root)
 
     async def play(self, problem: Problem, sample: int, root: int) -> Trajectory:
         """One trajectory. A fault starts it again from the beginning, and is recorded when it persists.
@@ -399,6 +403,7 @@ class _Player:
         tape.generate_s += time.perf_counter() - started
         if not turn.ids:
             raise EngineError("the engine returned no token")
+        tape.is_from_text |= turn.is_from_text
         tape.segments.append(Segment("action", turn.ids, turn.logps, self.chat.action_text(turn.ids)))
         return limit if turn.finish_reason == "length" else None
 
@@ -408,7 +413,7 @@ class _Player:
         execution = await session.execute(code, timeout_s=self.limits.tool_timeout_s)
         tape.execute_s += time.perf_counter() - started
         if execution.is_fault:
-            raise SandboxError(execution.text)
+            raise SandboxError("the interpreter was lost through no doing of the code")
         tape.executions.append(execution)
         action = tape.segments[-1]
         if len(action.ids) > 1 and action.ids[-1] != self.chat.end_of_turn_id:
@@ -449,6 +454,7 @@ class _Player:
             generate_s=round(tape.generate_s, 4),
             execute_s=round(tape.execute_s, 4),
             fault=fault,
+            is_from_text=tape.is_from_text,
             parent=root if has_branched else None,
             branch_turn=branch.turn if branch and has_branched else None,
         )

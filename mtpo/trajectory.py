@@ -134,6 +134,8 @@ class Trajectory:
     """Seconds spent waiting for the interpreter."""
     fault: str | None = None
     """What failed, when the stop reason is `environment_fault`."""
+    is_from_text: bool = False
+    """A server returned text alone: the action ids are not what was sampled, and nothing may be trained on them."""
     parent: int | None = None
     """The sample of the same problem that this one branched off; None for one that began at the beginning."""
     branch_turn: int | None = None

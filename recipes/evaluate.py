@@ -18,12 +18,12 @@ from data.problems import load_problems, read_problems
 from data.trajectories import read_trajectories
 from eval.evaluate import Evaluation, correct_by_problem, evaluate, outcome
 from eval.metrics import PairedTest, paired_test
-from mtpo.chat import ChatFormat
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
 from mtpo.runs import RunFolder, write_json, write_jsonl
 from mtpo.trajectory import Problem
-from recipes.generate import SPEED_ONLY, SamplingOptions, load_policy, sample_into
+from recipes.engines import Sampler
+from recipes.generate import SPEED_ONLY, SamplingOptions, sample_into
 from recipes.label import Graded, grade_trajectories
 
 
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate_model(config: Config) -> str:
     before = {other: read_correct(Path(other)) for other in config.compare}
     problems = load_problems(config.problems, config.limit, strict=False)
-    model, chat = load_policy(config.model, config.dtype, config.attention)
+    sampler = Sampler.load(config.model, config, config.dtype, config.attention)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY | {"compare"})
     result, graded = evaluate_into(
-        folder.path, model, chat, problems, config, seed=config.seed, policy=config.model, label="evaluating"
+        folder.path, sampler, problems, config, seed=config.seed, label="evaluating"
     )
     tests = {other: compare(correct, correct_by_problem(graded)) for other, correct in before.items()}
     print(result.table())
@@ -72,8 +72,7 @@ def evaluate_model(config: Config) -> str:
 
 def evaluate_into(
     folder: Path,
-    model: Any,
-    chat: ChatFormat,
+    sampler: Sampler,
     problems: Sequence[Problem],
     options: SamplingOptions,
     **names: Any,
@@ -83,7 +82,7 @@ def evaluate_into(
     Returns:
         The figures, and what they were computed from.
     """
-    sample_into(folder, model, chat, problems, options, **names)
+    sample_into(folder, sampler, problems, options, **names)
     graded = grade_trajectories(read_trajectories(folder / "trajectories"), problems)
     result = evaluate(graded, problems)
     write_jsonl(folder / "predictions.jsonl", _predictions(graded, problems))

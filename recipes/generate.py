@@ -11,25 +11,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
+import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import torch
 from tqdm import tqdm
 
 from data.problems import load_problems, write_problems
 from data.trajectories import Journal, summarize
-from mtpo.chat import ChatFormat
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
-from mtpo.models import load_model, load_tokenizer
-from mtpo.rollout import Decoding, Engine, RolloutLimits, rollout
+from mtpo.grader import grade
+from mtpo.rollout import Branching, Decoding, RolloutLimits, rollout
 from mtpo.runs import RunFolder
 from mtpo.trajectory import Problem, Trajectory
+from recipes.engines import EngineOptions, Sampler
 from sandbox import TOKEN_VARIABLE, InterpreterPool, Limits, RemoteInterpreter
 from sandbox.layers import Policy
 
@@ -37,7 +39,7 @@ OF_THE_OWN_SANDBOX = ("memory_mb", "preload", "kernels", "isolation")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class SamplingOptions(EngineOptions):
     """How trajectories are sampled, whatever they are sampled for."""
 
     samples: int = field(default=8, metadata={"help": "trajectories per problem"})
@@ -73,7 +75,23 @@ class SamplingOptions:
     )
     max_in_flight: int = field(default=64, metadata={"help": "trajectories under way at once"})
 
+    branch_turn: int = field(
+        default=0,
+        metadata={"help": "turn, from 0, at which blocks of samples part; 0 samples each from the start"},
+    )
+    branch_width: int = field(default=2, metadata={"help": "samples of a block, with --branch_turn"})
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "wall seconds after which a trajectory takes no further turn"}
+    )
+
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.branch_turn and self.samples % self.branch_width:
+            raise InputError(
+                f"--samples ({self.samples}) must be a multiple of --branch_width ({self.branch_width})"
+            )
+        if not self.branch_turn and self.branch_width != 2:
+            raise InputError("--branch_width has no effect without --branch_turn")
         for name in ("samples", "max_turns", "max_turn_tokens", "kernels", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -99,7 +117,17 @@ class SamplingOptions:
 
     @property
     def limits(self) -> RolloutLimits:
-        return RolloutLimits(self.max_turns, self.max_turn_tokens, self.max_tokens, self.tool_timeout_s)
+        return RolloutLimits(
+            self.max_turns,
+            self.max_turn_tokens,
+            self.max_tokens,
+            self.tool_timeout_s,
+            max_seconds=self.max_seconds,
+        )
+
+    @property
+    def branching(self) -> Branching | None:
+        return Branching(self.branch_turn, self.branch_width) if self.branch_turn else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +147,9 @@ class Config(SamplingOptions):
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
 
-SPEED_ONLY = frozenset({"kernels", "max_in_flight", "preload", "isolation", "sandbox_url"})
+SPEED_ONLY = frozenset(
+    {"kernels", "max_in_flight", "preload", "isolation", "sandbox_url", "engine", "engine_args", "urls"}
+)
 """Options that change no trajectory, so that a run may be resumed with others."""
 
 
@@ -129,40 +159,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(config: Config) -> str:
     problems = load_problems(config.problems, config.limit, strict=False)
-    model, chat = load_policy(config.model, config.dtype, config.attention)
+    sampler = Sampler.load(config.model, config, config.dtype, config.attention)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
     tally = sample_into(
         folder.path,
-        model,
-        chat,
+        sampler,
         problems,
         config,
         seed=config.seed,
-        policy=config.model,
         first_sample=config.first_sample,
     )
     folder.finish(tally)
     return f"{tally['trajectories']} trajectories on {len(problems)} problems in {folder.path}: {tally['stop_reasons']}"
 
 
-def load_policy(
-    name_or_path: str | Path, dtype: str = "float32", attention: str | None = None
-) -> tuple[Any, ChatFormat]:
-    """A model on the best device that there is, and the chat format of its tokenizer."""
-    chat = ChatFormat.for_tokenizer(load_tokenizer(name_or_path))
-    model = load_model(name_or_path, dtype=dtype, attention=attention)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), chat  # pyright: ignore[reportArgumentType]
-
-
 def sample_into(
     folder: Path,
-    model: Any,
-    chat: ChatFormat,
+    sampler: Sampler,
     problems: Sequence[Problem],
     options: SamplingOptions,
     *,
     seed: int,
-    policy: str,
+    name: str | None = None,
     iteration: int = 0,
     samples: int | None = None,
     first_sample: int = 0,
@@ -173,19 +191,17 @@ def sample_into(
     Returns:
         Counts over all that the folder then holds: trajectories, stop reasons, tool calls, tokens sampled.
     """
-    from mtpo.engines.transformers import TransformersEngine
-
     samples = options.samples if samples is None else samples
     write_problems(folder / "problems.jsonl", problems)
     with Journal(folder / "trajectories") as journal:
         wanted = {(p.id, s) for p in problems for s in range(first_sample, first_sample + samples)}
         missing = len(wanted - journal.done())
         if missing:
-            engine = TransformersEngine(model, max_rows=options.max_in_flight + options.max_in_flight // 2)
             progress = _Progress(missing, label)
             work = _sample(
-                engine, chat, problems, journal, options, progress,
-                seed=seed, policy=policy, iteration=iteration, samples=samples, first_sample=first_sample,
+                sampler, problems, journal, options, progress,
+                seed=seed, policy=name or sampler.name, iteration=iteration, samples=samples,
+                first_sample=first_sample,
             )  # fmt: skip
             with progress:
                 asyncio.run(work)
@@ -193,33 +209,62 @@ def sample_into(
 
 
 async def _sample(
-    engine: Engine,
-    chat: ChatFormat,
+    sampler: Sampler,
     problems: Sequence[Problem],
     journal: Journal,
     options: SamplingOptions,
     progress: _Progress,
     **names: Any,
 ) -> None:
+    engine = sampler.engine(options, options.max_in_flight)
+    golds = {problem.id: problem.answer for problem in problems}
     try:
         async with _interpreter(options) as interpreter:
-            trajectories = rollout(
-                engine,
-                interpreter,
-                chat,
-                problems,
-                decoding=options.decoding,
-                limits=options.limits,
-                skip=journal.done(),
-                max_in_flight=options.max_in_flight,
-                **names,
-            )
-            async with contextlib.aclosing(trajectories):
-                async for trajectory in trajectories:
-                    journal.append(trajectory)
-                    progress.add(trajectory)
+            with _interruptible(progress) as is_stopping:
+                trajectories = rollout(
+                    engine,
+                    interpreter,
+                    sampler.chat,
+                    problems,
+                    decoding=options.decoding,
+                    limits=options.limits,
+                    skip=journal.done(),
+                    max_in_flight=options.max_in_flight,
+                    branching=options.branching,
+                    is_stopping=is_stopping,
+                    **names,
+                )
+                async with contextlib.aclosing(trajectories):
+                    async for trajectory in trajectories:
+                        journal.append(trajectory)
+                        progress.add(trajectory, await asyncio.to_thread(_is_correct, trajectory, golds))
+                if is_stopping():
+                    raise KeyboardInterrupt
     finally:
         await engine.aclose()
+
+
+@contextlib.contextmanager
+def _interruptible(progress: _Progress) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C ask for an orderly end; the second is one as ever."""
+    loop, is_asked = asyncio.get_running_loop(), asyncio.Event()
+
+    def ask() -> None:
+        is_asked.set()
+        loop.remove_signal_handler(signal.SIGINT)
+        progress.say("finishing what is in flight; Ctrl-C again leaves it unfinished")
+
+    if threading.current_thread() is threading.main_thread():
+        loop.add_signal_handler(signal.SIGINT, ask)
+    try:
+        yield is_asked.is_set
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+def _is_correct(trajectory: Trajectory, golds: Mapping[str, str]) -> bool:
+    response = trajectory.actions[-1].text if trajectory.actions else ""
+    return grade(response, golds[trajectory.problem_id]).verdict == "correct"
 
 
 def _interpreter(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter:
@@ -244,20 +289,27 @@ def _default(option: Field[Any]) -> Any:
 
 
 class _Progress:
-    """A bar that appears after two seconds: trajectories, tokens and tool calls a second, faults, time left."""
+    """A bar that appears after two seconds: trajectories, tokens and tool calls a second, the share of correct
+    ones, faults, time left."""
 
     def __init__(self, total: int, label: str) -> None:
         self._bar = tqdm(total=total, desc=label, unit="traj", delay=2, smoothing=0.1)
         self._started = time.monotonic()
         self._counts: Counter[str] = Counter()
 
-    def add(self, trajectory: Trajectory) -> None:
+    def say(self, text: str) -> None:
+        self._bar.write(text, file=sys.stderr)
+
+    def add(self, trajectory: Trajectory, is_correct: bool) -> None:
+        self._counts["all"] += 1
+        self._counts["correct"] += is_correct
         self._counts["tokens"] += trajectory.num_action_tokens
         self._counts["calls"] += len(trajectory.executions)
         self._counts["faults"] += trajectory.fault is not None
         seconds = max(time.monotonic() - self._started, 1e-6)
         rates = {f"{name}/s": f"{self._counts[name] / seconds:.0f}" for name in ("tokens", "calls")}
-        self._bar.set_postfix(rates | {"faults": self._counts["faults"]}, refresh=False)
+        share = f"{self._counts['correct'] / self._counts['all']:.0%}"
+        self._bar.set_postfix(rates | {"correct": share, "faults": self._counts["faults"]}, refresh=False)
         self._bar.update()
 
     def __enter__(self) -> _Progress:

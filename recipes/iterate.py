@@ -35,8 +35,9 @@ from mtpo.training import TrainingSettings, train
 from mtpo.training.guards import engine_gap
 from mtpo.trajectory import Problem
 from recipes import train as train_recipe
+from recipes.engines import Sampler, load_policy
 from recipes.evaluate import compare, evaluate_into
-from recipes.generate import SPEED_ONLY, SamplingOptions, load_policy, sample_into
+from recipes.generate import SPEED_ONLY, SamplingOptions, sample_into
 from recipes.label import Graded, grade_trajectories, write_rows
 from recipes.train import KINDS
 
@@ -235,15 +236,13 @@ def sample_policies(
     if previous is not None and options.previous_samples:
         sources.append(("previous", previous, options.previous_samples, options.samples))
     for name, model_name, samples, first_sample in sources:
-        model, chat = load_policy(model_name, options.dtype, options.attention)
+        sampler = Sampler.load(model_name, options, options.dtype, options.attention)
         sample_into(
             folder / name,
-            model,
-            chat,
+            sampler,
             prompts,
             options,
             seed=options.seed,
-            policy=model_name,
             iteration=iteration,
             samples=samples,
             first_sample=first_sample,
@@ -251,6 +250,7 @@ def sample_policies(
         )
         trajectories = list(read_trajectories(folder / name / "trajectories"))
         if probed := [t for t in trajectories if t.actions][:PROBED]:
+            model = sampler.model or load_policy(model_name, options.dtype, options.attention)[0]
             write_json(folder / name / "engine_gap.json", engine_gap(model, probed)._asdict())
         graded += grade_trajectories(trajectories, prompts)
     return graded
@@ -281,15 +281,13 @@ def select_on(dev: Sequence[Problem], folder: Path, options: LoopOptions) -> dic
     greedy = dataclasses.replace(options, temperature=0.0, samples=1)
     accuracies = {}
     for name in sorted(p.name for p in (folder / "train").iterdir() if (p / "config.json").exists()):
-        model, chat = load_policy(folder / "train" / name, options.dtype, options.attention)
         result, _ = evaluate_into(
             folder / "dev" / name,
-            model,
-            chat,
+            Sampler.load(folder / "train" / name, options, options.dtype, options.attention),
             dev,
             greedy,
             seed=options.seed,
-            policy=name,
+            name=name,
             label=f"dev, {name}",
         )
         accuracies[name] = result.accuracy.value
@@ -304,17 +302,16 @@ def run_tests(
     sampled = dataclasses.replace(options, temperature=1.0, samples=max(1, options.test_samples))
     stages, correct = [], []
     for policy in policies:
-        model, chat = load_policy(policy.model, options.dtype, options.attention)
+        sampler = Sampler.load(policy.model, options, options.dtype, options.attention)
         place = folder / "test" / policy.name.replace(" ", "_")
         names: dict[str, Any] = {
             "seed": options.seed,
-            "policy": policy.model,
             "label": f"test, {policy.name}",
         }
-        own, graded = evaluate_into(place / "greedy", model, chat, problems, greedy, **names)
+        own, graded = evaluate_into(place / "greedy", sampler, problems, greedy, **names)
         other = None
         if options.test_samples:
-            other, _ = evaluate_into(place / "sampled", model, chat, problems, sampled, **names)
+            other, _ = evaluate_into(place / "sampled", sampler, problems, sampled, **names)
         stages.append(Stage(policy.name, policy.model, own, other, policy.training))
         correct.append(correct_by_problem(graded))
     return stages, compare(correct[0], correct[-1])

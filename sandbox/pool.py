@@ -103,6 +103,7 @@ class InterpreterPool:
         self._numbers = itertools.count()
         self._sessions: set[Session] = set()
         self._background: set[asyncio.Task[None]] = set()
+        self._forking: set[Session] = set()
         self._num_waiting = 0
         self._is_open = False
 
@@ -162,19 +163,36 @@ class InterpreterPool:
             error = str(failure)
         return Health(error is None, time.monotonic() - started, num_open, num_waiting, error)
 
-    async def acquire_slot(self, session: Session) -> None:
+    async def acquire_slot(self, session: Session, original: Session | None = None) -> None:
         """Wait for one of the `size` kernels.
 
+        Args:
+            original: the session that is being forked, which holds one meanwhile.
+
         Raises:
-            SandboxError: the pool is not open.
+            SandboxError: the pool is not open; or all kernels are held by sessions that wait for another one to
+                fork into, this one included, so that none would ever come.
         """
         self._check_open()
+        if original is not None:
+            self._forking.add(original)
+        try:
+            if len(self._forking) == self.size and self._slots.locked():
+                raise SandboxError(
+                    f"all {self.size} kernels are held by sessions that wait for another to fork into"
+                )
+            await self._wait_for_slot()
+        finally:
+            if original is not None:
+                self._forking.discard(original)
+        self._sessions.add(session)
+
+    async def _wait_for_slot(self) -> None:
         self._num_waiting += 1
         try:
             await self._slots.acquire()
         finally:
             self._num_waiting -= 1
-        self._sessions.add(session)
 
     def release_slot(self, session: Session) -> None:
         self._sessions.discard(session)

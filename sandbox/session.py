@@ -89,7 +89,8 @@ class Session:
         things stay shared, as in every fork: files that are open, and the room for files.
 
         Raises:
-            SandboxError: neither way led to the same state, or the session was closed.
+            SandboxError: neither way led to the same state; all kernels are held by sessions that wait to fork;
+                or the session was closed.
             InputError: the pool has room for one kernel only, which this session holds.
         """
         if self._pool.size < 2:
@@ -99,7 +100,7 @@ class Session:
             twin = self._pool.session()
             try:
                 if self._kernel is not None:
-                    await twin._copy(self._kernel, self._cells)
+                    await twin._copy(self, self._kernel, self._cells)
             except BaseException:
                 await twin.close()
                 raise
@@ -115,8 +116,10 @@ class Session:
             self._has_slot = False
             self._pool.release_slot(self)
 
-    async def _copy(self, kernel: Kernel, cells: list[tuple[Execution, float]]) -> None:
-        """Get the state that `kernel` has from running `cells`."""
+    async def _copy(self, original: Session, kernel: Kernel, cells: list[tuple[Execution, float]]) -> None:
+        """Get the state of the original, whose `kernel` has it from running `cells`."""
+        await self._pool.acquire_slot(self, original)
+        self._has_slot = True
         try:
             await self._running_kernel(original=kernel)
             self._cells = list(cells)

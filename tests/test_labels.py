@@ -1,3 +1,4 @@
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -119,6 +120,11 @@ def test_every_problem_draws_for_itself() -> None:
             ),
             "without action ids",
         ),
+        (
+            (dataclasses.replace(graded("correct", 9)[0], is_from_text=True), Grade("correct", "1", "exact")),
+            "read from text",
+        ),
+        (graded("wrong", 9, stop_reason=StopReason.TIME_LIMIT), "truncated"),
     ],
 )
 def test_what_says_nothing_about_the_model_is_never_a_label(left_out: Labelled, fate: str) -> None:

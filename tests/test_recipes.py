@@ -107,9 +107,53 @@ def ids_of(run: Path) -> dict[tuple[str, int], tuple[int, ...]]:
     return {(t.problem_id, t.sample): tuple(t.input_ids) for t in read_trajectories(run / "trajectories")}
 
 
+def test_generate_branches_at_a_turn(coin: Path, tmp_path: Path) -> None:
+    problems = write_problems_file(tmp_path / "rounds.jsonl", "train", 4)
+    argv = ["--model", coin, "--problems", problems, "--samples", 4, "--out", tmp_path / "run", *SHORT]
+    assert generate.main([str(a) for a in (*argv, "--branch_turn", 1, "--branch_width", 4)]) == 0
+    found = {(t.problem_id, t.sample): t for t in read_trajectories(tmp_path / "run" / "trajectories")}
+    assert len(found) == 16
+    branched = [t for t in found.values() if t.parent is not None]
+    assert branched
+    for t in branched:
+        assert t.actions[0].ids == found[t.problem_id, 0].actions[0].ids
+        assert (t.parent, t.branch_turn) == (0, 1)
+
+
+def test_an_interrupted_generate_finishes_what_it_has_begun_and_resumes(
+    coin: Path, sampled: Path, tmp_path: Path
+) -> None:
+    argv = ["--model", coin, "--problems", sampled.parent / "rounds.jsonl", "--samples", 8]
+    argv += ["--out", tmp_path / "run", "--max_in_flight", 2, *SHORT]
+    command = [sys.executable, "-m", "recipes.generate", *map(str, argv)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+        shard = tmp_path / "run" / "trajectories" / "00000.jsonl"
+        while not shard.exists() or shard.stat().st_size == 0:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "finishing what is in flight; Ctrl-C again leaves it unfinished" in errors
+    assert errors.strip().endswith("interrupted; the same command with --resume goes on from here")
+    first = ids_of(tmp_path / "run")
+    assert 0 < len(first) < 48
+    assert generate.main([str(a) for a in (*argv, "--resume")]) == 0
+    assert ids_of(tmp_path / "run") == ids_of(sampled)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--engine", "llama"), "--engine must be one of ('transformers', 'vllm', 'openai'), got 'llama'"),
+        (("--urls", "http://h:1"), "--urls has no effect with --engine transformers: it is for openai"),
+        (("--engine", "openai"), "--engine openai needs --urls"),
+        (("--engine", "vllm", "--engine_args", "dtype"), "--engine_args 'dtype': expected NAME=VALUE"),
+        (("--branch_width", "3"), "--branch_width has no effect without --branch_turn"),
+        (
+            ("--branch_turn", "1", "--branch_width", "3"),
+            "--samples (8) must be a multiple of --branch_width (3)",
+        ),
         (("--isolation", "half"), "--isolation must be one of ('full', 'available', 'none'), got 'half'"),
         (("--sandbox_url", "http://h:1", "--kernels", "4"), "--kernels has no effect with --sandbox_url"),
         (

@@ -162,3 +162,16 @@ async def test_forking_needs_a_second_kernel() -> None:
         await session.execute("1")
         with pytest.raises(InputError, match="size"):
             await session.fork()
+
+
+async def test_sessions_that_all_wait_to_fork_do_not_wait_for_ever() -> None:
+    async with InterpreterPool(size=2, preload=()) as pool, pool.session() as one, pool.session() as two:
+        await texts(one, "1")
+        await texts(two, "2")
+        waiting = asyncio.ensure_future(one.fork())
+        await asyncio.sleep(0.05)
+        with pytest.raises(SandboxError, match="all 2 kernels are held by sessions that wait for another"):
+            await two.fork()
+        await two.close()
+        async with await asyncio.wait_for(waiting, 20) as twin:
+            assert await texts(twin, "_") == ["1"]
