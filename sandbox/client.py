@@ -45,6 +45,9 @@ class FilelessManager(AsyncKernelManager):
     def write_connection_file(self, **kwargs: object) -> None:
         """Nobody would read it, and it holds a key."""
 
+    def _connect_control_socket(self) -> None:
+        """Kernels are signalled and killed, not asked."""
+
 
 class CopyError(SandboxError):
     """A kernel cannot be copied as it is; another way to its state may exist."""
