@@ -265,7 +265,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.pop(name, None)  # of two arenas at a time, the first has removed it
+        del os.environ[name]
 
 
 @contextmanager
