@@ -6,7 +6,6 @@ import asyncio
 import os
 import secrets
 import string
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -19,6 +18,7 @@ from mtpo.errors import SandboxError
 from mtpo.trajectory import Execution
 from sandbox.attacks import Attack
 from sandbox.canaries import Canaries
+from sandbox.files import remove_tree
 from sandbox.footprint import Footprint, adopting_orphans, peak_mb
 from sandbox.layers import Isolation
 from sandbox.limits import Limits
@@ -255,8 +255,7 @@ def _scratch_of_our_own() -> Iterator[Path]:
     try:
         yield directory
     finally:
-        for command in ("chmod -R u+rwx", "rm -rf"):  # which, unlike shutil, get to the end of a deep tree
-            subprocess.run([*command.split(), directory], stderr=subprocess.DEVNULL, check=False)
+        remove_tree(directory)
 
 
 @contextmanager
