@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import defaultdict
 from pathlib import Path
 
-PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+from sandbox import syscalls
+
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def adopt_orphans() -> None:
     """Stay the ancestor of all processes that this one starts, so that `descendants` misses none."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
 
 
 def generations(pid: int) -> list[list[int]]:

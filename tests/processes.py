@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import descendants
 from sandbox import InterpreterPool
 
 
@@ -15,21 +16,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def descendants(pid: int) -> list[int]:
-    """The living processes below a process, parents before children."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    below = [pid]
-    for parent in below:
-        below += sorted(children.get(parent, []))
-    return [each for each in below[1:] if is_alive(each)]
 
 
 def processes_of(pool: InterpreterPool) -> list[int]:
