@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
-import io
 import multiprocessing
 import os
 import sys
@@ -14,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from jupyter_client.manager import AsyncKernelManager
+from pebble import ProcessPool
 
 from benchmarks.maths import MathsTrajectory
 from sandbox import InterpreterPool
@@ -187,11 +186,11 @@ class ReplayingExecutor:
     """The executor of the multi-turn preference learning paper (arXiv 2409.02392), which goes back to ToRA's.
 
     Re-created from a reading of `inference/utils/python_executor.py` in the paper's repository: all
-    trajectories go in lock step; each turn makes a pool of one forked worker a processor; a worker imports
-    IPython, then for each trajectory runs ALL cells so far in a new shell and keeps the output of the last.
-    As there, the process that it forks from has already imported numpy and sympy (vLLM does). Left out, in
-    its favour: the limit on time, the check for `input(`, and one round trip through JSON and one through
-    pickle for each call.
+    trajectories go in lock step; each turn makes a Pebble pool of one forked worker a processor, which holds
+    every call to a limit on time; a worker imports IPython, then for each trajectory runs ALL cells so far in
+    a new shell, captured as IPython does, and keeps the output of the last. As there, the process that it
+    forks from has already imported numpy and sympy (vLLM does). Left out, in its favour: the check for
+    `input(`, an alarm around each call, and one round trip through JSON and one through pickle.
     """
 
     keeps_processes = False
@@ -218,8 +217,8 @@ class ReplayingExecutor:
     def run_batch(self, histories: Sequence[list[str]]) -> list[str]:
         """The last output of each trajectory, given as its cells up to now."""
         workers = min(len(histories), os.cpu_count() or 1)
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            return pool.map(_replay, histories, chunksize=1)
+        with ProcessPool(workers, context=multiprocessing.get_context("fork")) as pool:
+            return list(pool.map(_replay, histories, timeout=TIMEOUT_S).result())
 
 
 class _ReplayedSession:
@@ -237,14 +236,15 @@ class _ReplayedSession:
 
 def _replay(cells: list[str]) -> str:
     from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
 
     shell = InteractiveShell()
-    output = io.StringIO()
+    shown = ""
     for code in cells:
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with capture_output() as captured:
             shell.run_cell(code)
-    return output.getvalue().rstrip()
+        shown = f"{captured.stdout}{captured.stderr}"
+    return shown.rstrip()
 
 
 PEERS = {
