@@ -3,15 +3,18 @@
 One mechanism serves every family: render the conversation so far with the generation prompt, before and
 after a turn; what was added is the turn. Nothing that the model wrote is ever rendered again. A template
 for which the longer rendering does not begin with the shorter one, followed by what the model wrote, cannot
-be used turn by turn and is refused.
+be used turn by turn and is refused. One kind of change is answered instead: templates of reasoning models drop
+earlier thoughts, or open a thought in the generation prompt alone. Here thoughts stay where they were sampled.
 
 The protocol on top: a turn with a ```python block asks for its (last) block to be run, a `\\boxed{}` in its
-prose is the answer. Tool output is a user turn with an ```output fence, as in arXiv 2409.02392, except for
-families whose template has a tool turn that keeps earlier turns unchanged.
+prose is the answer; neither counts inside a thought. Tool output is a user turn with an ```output fence, as in
+arXiv 2409.02392, except for families whose template has a tool turn that keeps earlier turns unchanged.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,21 +24,39 @@ from mtpo.answers import boxed_in_prose
 from mtpo.errors import InputError, TemplateError
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
 
+logger = logging.getLogger(__name__)
+
 Message = Mapping[str, str]
+
+DATE = "26 Jul 2024"
+"""Today, as Llama 3.1 has it by default; for Llama 3.2 and 3.3, whose prompts would else be others every day."""
 
 _CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)[ \t]*\n(.*?)(?:\n?[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 _OUTPUT_BLOCK = re.compile(
     r"```[ \t]*output[ \t]*\n(.*?)(?:\n?```[ \t]*(?:\n|\Z)|\Z)", re.DOTALL | re.IGNORECASE
 )
 _FENCED_OUTPUT = re.compile(r"\A\s*```output\n(.*?)\n?```\s*\Z", re.DOTALL)
+_THOUGHT_TAGS = re.compile(r"\s*(?:</?think>\s*)+")
+_ACTION = "action of the model"
+"""Stands for what the model writes where its place in a template is looked for."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _ERROR_LINE = re.compile(r"^(?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interrupt|Timeout)\b", re.MULTILINE)
 
 
 def code_to_run(text: str) -> str | None:
     """The last ```python block of a turn, also one whose fence was never closed; None without a block."""
-    blocks = _CODE_BLOCK.findall(text)
+    blocks = _CODE_BLOCK.findall(without_thoughts(text))
     return blocks[-1].rstrip() if blocks and blocks[-1].strip() else None
+
+
+def answer_of(text: str) -> str | None:
+    """The boxed answer in the prose of a turn; None without one."""
+    return boxed_in_prose(without_thoughts(text))
+
+
+def without_thoughts(text: str) -> str:
+    """What a turn says after its <think> block; nothing if that was never closed."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 @dataclass(frozen=True)
@@ -44,12 +65,14 @@ class _Family:
     marker: str
     """Occurs in the family's chat template and in no other's."""
     tool_role: Literal["user", "tool"] = "user"
+    text_markers: tuple[str, ...] = ()
+    """What begins and ends turns, where that is no token of its own in some versions."""
 
 
 _FAMILIES = (
     _Family("gemma", "<start_of_turn>"),
     _Family("llama3", "<|start_header_id|>"),
-    _Family("mistral", "[INST]"),
+    _Family("mistral", "[INST]", text_markers=("[INST]", "[/INST]")),
     _Family("qwen", "<|im_start|>", tool_role="tool"),
 )
 
@@ -75,8 +98,13 @@ class ChatFormat:
     """The id that every prompt starts with, where the family has one."""
     lead: str = ""
     """White space that the template puts between the generation prompt and what the model writes."""
-    special_tokens: tuple[str, ...] = field(default=(), repr=False)
-    """Control tokens; none is ever made of text."""
+    has_system_turn: bool = False
+    """Whether the template takes a system text and leaves it in its place when the conversation goes on."""
+    keeps_thoughts: bool = True
+    """Whether the template renders earlier thoughts as they were written; if not, it is asked for the prompt and for
+    what stands between turns, and never again for a turn of the model."""
+    markers: tuple[str, ...] = field(default=(), repr=False)
+    """Control tokens, and text that the template ends turns with; none is ever made of a message's text."""
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, *, tool_role: Literal["user", "tool"] | None = None) -> ChatFormat:
@@ -88,8 +116,9 @@ class ChatFormat:
                 for Qwen, a user turn elsewhere.
 
         Raises:
-            TemplateError: there is no template, it refuses a conversation with tool output, it changes earlier
-                turns (the message names the first such turn), or no single token ends a model turn.
+            TemplateError: there is no template, it refuses or leaves out tool output, it changes earlier turns
+                otherwise than in their thoughts (the message names the first such turn), or no single token ends
+                a model turn.
         """
         template = _template_of(tokenizer)
         family = next((f for f in _FAMILIES if f.marker in template), _Family("measured", ""))
@@ -101,29 +130,38 @@ class ChatFormat:
             -1,
             (),
             None,
-            "",
-            _special_tokens(tokenizer),
+            markers=(*_special_tokens(tokenizer), *family.text_markers),
         )
         end_of_turn, lead = draft._measure_turns()
         end_of_turn_id = _single_id(tokenizer, end_of_turn)
         stop_ids = dict.fromkeys(i for i in (end_of_turn_id, tokenizer.eos_token_id) if i is not None)
-        return replace(
+        chat = replace(
             draft,
             end_of_turn=end_of_turn,
             end_of_turn_id=end_of_turn_id,
             stop_ids=tuple(stop_ids),
             bos_id=draft._measure_bos(),
             lead=lead,
+            has_system_turn=draft._measure_system_turn(),
         )
+        if not chat._measure_thoughts():
+            logger.warning(
+                "the chat template of %s rewrites the thoughts of earlier turns; here they stay as sampled",
+                _name(tokenizer),
+            )
+            return replace(chat, keeps_thoughts=False)
+        return chat
 
     def prompt(self, question: str, *, system: str | None = None) -> Segment:
         """The user's question and the generation prompt; its first id is the BOS where the family has one.
 
-        A system text is put in front of the question, since several families have no system turn.
-        Control tokens spelled out inside the text are broken up, so that text cannot pose as a turn.
+        A system text is rendered by the template where the family has a place for it. Gemma 1 and 2 have none,
+        and Mistral v0.3 moves it to the newest user turn: there it stands in front of the question, a blank line
+        between, as Gemma 3 has it. Control tokens spelled out inside the text are broken up, so that text cannot
+        pose as a turn.
         """
-        content = self._plain(f"{system}\n\n{question}" if system else question)
-        return Segment("prompt", tuple(self._prompt_ids(self._render([_user(content)]))), None, content)
+        history = self._opening_messages(question, system)
+        return self._prompt_segment(history, self._render(history))
 
     def observation(self, output: str, *, after: Sequence[int]) -> Segment:
         """Tool output and the generation prompt: every id between an action and the next one.
@@ -134,10 +172,8 @@ class ChatFormat:
                 the context then reads as the template has it, and the id is not trained.
         """
         output = self._plain(output)
-        question, action = _user("q"), {"role": "assistant", "content": "a"}
-        before = self._render([question]) + self.lead + "a" + self.end_of_turn
-        text = self._render([question, action, self._as_rendered({"role": "tool", "content": output})])
-        ids = self._ids_after_turn(text[len(before) :])
+        observed = self._as_rendered({"role": "tool", "content": output})
+        ids = self._ids_after_turn(self._text_after_turn(observed))
         if not after or after[-1] != self.end_of_turn_id:
             ids = [self.end_of_turn_id, *ids]
         return Segment("observation", tuple(ids), None, output)
@@ -158,16 +194,19 @@ class ChatFormat:
                 Tool output after the last assistant message answers nothing and is left out.
 
         Raises:
-            InputError: roles do not alternate, or nobody answers.
-            TemplateError: the template changes an earlier turn of this conversation; names the turn.
+            InputError: roles do not alternate, nobody answers, or a turn lacks the thought that the generation
+                prompt has begun.
+            TemplateError: the template changes an earlier turn of this conversation, and not for thoughts that
+                it never keeps; names the turn.
         """
-        turns = _alternating(messages)
-        question = self._plain(turns[0]["content"])
-        history = [_user(question)]
+        system, turns = _alternating(messages)
+        history = self._opening_messages(turns[0]["content"], system)
         before = self._render(history)
-        segments = [Segment("prompt", tuple(self._prompt_ids(before)), None, question)]
+        segments = [self._prompt_segment(history, before)]
         for index in range(1, len(turns), 2):
             content = self._plain(turns[index]["content"].strip())
+            if before.rstrip().endswith("<think>"):
+                content = self._continue_thought(content, turn=index // 2 + 1)
             action = self.lead + content
             ids = (*self._ids_after_text(before, action), self.end_of_turn_id)
             segments.append(Segment("action", ids, None, content))
@@ -175,8 +214,9 @@ class ChatFormat:
                 break
             output = self._plain(turns[index + 1]["content"])
             observed = self._as_rendered({"role": turns[index + 1]["role"], "content": output})
-            history += [{"role": "assistant", "content": content}, observed]
-            seen, before = before + action + self.end_of_turn, self._render(history)
+            history += [_assistant(content), observed]
+            seen = before + action + self.end_of_turn
+            before = self._render(history) if self.keeps_thoughts else seen + self._text_after_turn(observed)
             if not before.startswith(seen):
                 raise TemplateError(self._unstable(index // 2 + 1))
             ids = self._ids_after_turn(before[len(seen) :])
@@ -195,7 +235,7 @@ class ChatFormat:
         """A trajectory from a finished conversation of others; see `import_messages` for what raises."""
         segments = self.import_messages(messages)
         last = segments[-1].text
-        if boxed_in_prose(last) is not None:
+        if answer_of(last) is not None:
             stop_reason = StopReason.ANSWERED
         else:
             stop_reason = StopReason.TURN_LIMIT if code_to_run(last) else StopReason.NO_CODE
@@ -216,7 +256,10 @@ class ChatFormat:
         """The conversation so far and the generation prompt, as text."""
         try:
             return self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+                [dict(m) for m in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=DATE,
             )
         except Exception as error:  # a template may raise anything: it is a program of its own
             roles = [m["role"] for m in messages]
@@ -224,6 +267,31 @@ class ChatFormat:
             raise TemplateError(
                 f"the chat template of {_name(self.tokenizer)} cannot render the roles {roles}: {reason}"
             ) from error
+
+    def _opening_messages(self, question: str, system: str | None) -> list[Message]:
+        question = self._plain(question)
+        if not system:
+            return [_user(question)]
+        if self.has_system_turn:
+            return [{"role": "system", "content": self._plain(system)}, _user(question)]
+        return [_user(f"{self._plain(system)}\n\n{question}")]
+
+    def _prompt_segment(self, history: Sequence[Message], rendered: str) -> Segment:
+        text = "\n\n".join(message["content"] for message in history)
+        return Segment("prompt", tuple(self._prompt_ids(rendered)), None, text)
+
+    def _text_after_turn(self, observed: Message) -> str:
+        """What the template puts between the end of a model turn and the next one, to show what it observed."""
+        text = self._render([_user("q"), _assistant(_ACTION), observed])
+        return text[text.index(_ACTION) + len(_ACTION + self.end_of_turn) :]
+
+    def _continue_thought(self, content: str, turn: int) -> str:
+        """The content without the tag that the generation prompt has already written."""
+        if "</think>" not in content:
+            raise InputError(
+                f"assistant turn {turn} has no thought, but the generation prompt of {_name(self.tokenizer)} opens one"
+            )
+        return content.removeprefix("<think>").lstrip("\n")
 
     def _as_rendered(self, message: Message) -> Message:
         """The message as the template is given it: tool output under the role, and fence, of the family."""
@@ -236,7 +304,7 @@ class ChatFormat:
 
     def _plain(self, text: str) -> str:
         """The text with control tokens broken up by a space, so that they are tokenised as text."""
-        for token in self.special_tokens:
+        for token in self.markers:
             if token in text:
                 text = text.replace(token, token[0] + " " + token[1:])
         return text
@@ -272,26 +340,52 @@ class ChatFormat:
         history: list[Message] = [_user("first question")]
         seen, found = self._render(history), None
         for turn in (1, 2, 3):
-            action = f"action {turn} of the model"
-            tool = self._as_rendered({"role": "tool", "content": f"output {turn} of the tool"})
-            history += [{"role": "assistant", "content": action}, tool]
+            action, output = f"action {turn} of the model", f"output {turn} of the tool"
+            history += [_assistant(action), self._as_rendered({"role": "tool", "content": output})]
             longer = self._render(history)
-            start = longer.find(action)
-            lead = longer[len(seen) : start]
-            if not longer.startswith(seen) or start < len(seen) or lead.strip():
-                raise TemplateError(self._unstable(turn))
+            start = max(longer.find(action), 0)
+            kept = os.path.commonprefix([seen, longer[:start]])  # noqa: RUF071 - of characters
+            dropped, lead = seen[len(kept) :], longer[len(kept) : start]
+            if dropped or lead.strip():
+                if not _THOUGHT_TAGS.fullmatch(dropped + lead):
+                    raise TemplateError(self._unstable(turn))
+                lead = ""  # an empty thought, which the model need not write
             end_of_turn = self._special_token_at(longer[start + len(action) :])
-            delta = longer[start + len(action) :].replace(f"output {turn} of", "output of")
+            delta = longer[start + len(action) :]
+            if output not in delta:
+                raise TemplateError(
+                    f"the chat template of {_name(self.tokenizer)} leaves out tool output as a {self.tool_role} turn"
+                )
+            measured = end_of_turn, lead, delta.replace(output, "output")
             if found is None:
-                found = (end_of_turn, lead, delta)
-            elif found != (end_of_turn, lead, delta):
+                found = measured
+            elif found != measured:
                 raise TemplateError(self._unstable(turn))
             seen = longer
         assert found is not None
         return found[0], found[1]
 
+    def _measure_thoughts(self) -> bool:
+        """Whether a thought is rendered as it was written when the conversation goes on."""
+        content, question = f"<think>\nidea\n</think>\n\n{_ACTION}", _user("first question")
+        seen = self._render([question]) + self.lead + content + self.end_of_turn
+        output = self._as_rendered({"role": "tool", "content": "output"})
+        return self._render([question, _assistant(content), output]).startswith(seen)
+
+    def _measure_system_turn(self) -> bool:
+        """Whether a system text is rendered, and stays where it is when the conversation goes on."""
+        opening = [{"role": "system", "content": "system text"}, _user("first question")]
+        output = self._as_rendered({"role": "tool", "content": "output"})
+        try:
+            text = self._render(opening)
+            longer = self._render([*opening, _assistant(_ACTION), output])
+        except TemplateError:
+            return False
+        beginning = text[: text.index("first question")]
+        return "system text" in beginning and longer.startswith(beginning)
+
     def _special_token_at(self, text: str) -> str:
-        for token in sorted(self.special_tokens, key=len, reverse=True):
+        for token in sorted(self.markers, key=len, reverse=True):
             if text.startswith(token):
                 return token
         raise TemplateError(
@@ -327,13 +421,10 @@ def messages_from_flat_text(question: str, text: str) -> list[dict[str, str]]:
     return messages
 
 
-def _alternating(messages: Sequence[Message]) -> list[Message]:
-    """The messages with the system text folded in, checked to be user, assistant, observation, assistant, ..."""
+def _alternating(messages: Sequence[Message]) -> tuple[str | None, list[Message]]:
+    """The system text, and the turns, checked to be user, assistant, observation, assistant, ..."""
     turns: list[Message] = [dict(m) for m in messages]
-    if turns and turns[0]["role"] == "system":
-        system = turns.pop(0)["content"]
-        if turns:
-            turns[0] = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
+    system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else None
     for index, message in enumerate(turns):
         role, expected = (
             message["role"],
@@ -347,7 +438,7 @@ def _alternating(messages: Sequence[Message]) -> list[Message]:
         turns.pop()
     if len(turns) < 2:
         raise InputError("a conversation needs a user message and an assistant message")
-    return turns
+    return system, turns
 
 
 def _executions(segments: Sequence[Segment]) -> tuple[Execution, ...]:
@@ -363,6 +454,10 @@ def _executions(segments: Sequence[Segment]) -> tuple[Execution, ...]:
 
 def _user(content: str) -> Message:
     return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
 
 
 def _template_of(tokenizer: Any) -> str:

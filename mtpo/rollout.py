@@ -13,8 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Container, Iterable, Seque
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self
 
-from mtpo.answers import boxed_in_prose
-from mtpo.chat import ChatFormat, code_to_run
+from mtpo.chat import ChatFormat, answer_of, code_to_run
 from mtpo.errors import EngineError, EnvironmentFault, InputError, SandboxError
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
 
@@ -166,6 +165,7 @@ async def rollout(
     decoding: Decoding = Decoding(),
     limits: RolloutLimits = RolloutLimits(),
     seed: int = 0,
+    system: str | None = None,
     policy: str = "",
     iteration: int = 0,
     skip: Container[tuple[str, int]] = frozenset(),
@@ -183,6 +183,7 @@ async def rollout(
         first_sample: index of the first sample of each problem.
         skip: (problem id, sample) pairs that are not wanted, for resuming.
         seed: with the problem, sample and turn it fixes every draw.
+        system: instructions for the model, in the family's system turn or before the question: `ChatFormat.prompt`.
         branching: each block of `width` samples shares the turns before `turn`, and the interpreter's state
             then. A block whose first sample ends earlier is sampled independently.
         is_stopping: once it says yes, nothing new is started, and what is in flight is finished.
@@ -201,7 +202,7 @@ async def rollout(
         for root in range(first_sample, first_sample + samples, width)
         if (wanted := [s for s in range(root, root + width) if (problem.id, s) not in skip])
     )
-    player = _Player(engine, interpreter, chat, decoding, limits, seed, policy, iteration, branching)
+    player = _Player(engine, interpreter, chat, decoding, limits, seed, system, policy, iteration, branching)
     running: set[asyncio.Task[list[Trajectory]]] = set()
     try:
         while True:
@@ -262,6 +263,7 @@ class _Player:
     decoding: Decoding
     limits: RolloutLimits
     seed: int
+    system: str | None
     policy: str
     iteration: int
     branching: Branching | None
@@ -272,7 +274,7 @@ class _Player:
             return list(await asyncio.gather(*(self.play(problem, sample, root) for sample in wanted)))
         found: dict[int, Trajectory] = {}
         copies: dict[int, asyncio.Task[Trajectory]] = {}
-        tape = _Tape([self.chat.prompt(problem.question)])
+        tape = self._begin(problem)
         try:
             with contextlib.suppress(EnvironmentFault):
                 async with self.interpreter.session() as session:
@@ -308,6 +310,9 @@ class _Player:
         assert reason is not None
         return self._trajectory(tape, problem, sample, reason, root=root)
 
+    def _begin(self, problem: Problem) -> _Tape:
+        return _Tape([self.chat.prompt(problem.question, system=self.system)])
+
     async def play(self, problem: Problem, sample: int, root: int) -> Trajectory:
         """One trajectory. A fault starts it again from the beginning, and is recorded when it persists.
 
@@ -315,7 +320,7 @@ class _Player:
             root: the sample whose draws it repeats in the turns before the branching; itself if none.
         """
         for retries_left in reversed(range(self.limits.max_retries + 1)):
-            tape = _Tape([self.chat.prompt(problem.question)])
+            tape = self._begin(problem)
             reason, fault = None, None
             try:
                 async with self.interpreter.session() as session:
@@ -358,7 +363,7 @@ class _Player:
                 if reason is not None:
                     return reason
                 text = tape.segments[-1].text
-                if boxed_in_prose(text) is not None:
+                if answer_of(text) is not None:
                     return StopReason.ANSWERED
                 code = code_to_run(text)
                 if code is None:

@@ -1,9 +1,11 @@
+from typing import Literal
+
 import pytest
 
-from mtpo.chat import ChatFormat, code_to_run, messages_from_flat_text
+from mtpo.chat import ChatFormat, answer_of, code_to_run, messages_from_flat_text
 from mtpo.errors import InputError, TemplateError
 from mtpo.trajectory import Problem, StopReason, Trajectory
-from tests.tiny_tokenizers import END_OF_TURN, FAMILIES, make_tokenizer, published_template
+from tests.tiny_tokenizers import FAMILIES, TINY_FAMILIES, make_tokenizer, published_template
 
 QUESTION = "Natalia sold 48 clips in April.\n\nHow many clips did she sell altogether?"
 ACTIONS = (
@@ -63,14 +65,14 @@ def test_mask_marks_exactly_the_sampled_ids(family: str) -> None:
     trajectory = play(ChatFormat.for_tokenizer(tokenizer))
     pairs = zip(trajectory.input_ids, trajectory.completion_mask, strict=True)
     trained = tokenizer.decode([i for i, mask in pairs if mask])
-    assert [t.strip() for t in trained.split(END_OF_TURN[family])] == [*ACTIONS, ""]
+    assert [t.strip() for t in trained.split(TINY_FAMILIES[family].end_of_turn)] == [*ACTIONS, ""]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_end_of_turn_is_trained_and_what_the_template_adds_after_it_is_not(family: str) -> None:
     tokenizer = make_tokenizer(family)
     trajectory = play(ChatFormat.for_tokenizer(tokenizer))
-    end = tokenizer.convert_tokens_to_ids(END_OF_TURN[family])
+    end = tokenizer.convert_tokens_to_ids(TINY_FAMILIES[family].end_of_turn)
     ends = [k for k, i in enumerate(trajectory.input_ids) if i == end and trajectory.completion_mask[k]]
     assert len(ends) == len(ACTIONS)
     assert all(trajectory.completion_mask[k + 1] == 0 for k in ends[:-1])
@@ -83,7 +85,7 @@ def test_there_is_one_bos_where_the_family_has_one(family: str) -> None:
     tokenizer = make_tokenizer(family)
     chat = ChatFormat.for_tokenizer(tokenizer)
     ids = play(chat).input_ids
-    if family.startswith("qwen"):
+    if TINY_FAMILIES[family].bos is None:
         assert chat.bos_id is None
     else:
         assert chat.bos_id == tokenizer.bos_token_id
@@ -130,7 +132,7 @@ def test_end_of_turn_is_inserted_untrained_when_the_model_did_not_sample_it() ->
 def test_control_tokens_in_tool_output_and_questions_stay_text(family: str) -> None:
     tokenizer = make_tokenizer(family)
     chat = ChatFormat.for_tokenizer(tokenizer)
-    hostile = "".join(tokenizer.all_special_tokens) + END_OF_TURN[family]
+    hostile = "".join(tokenizer.all_special_tokens) + TINY_FAMILIES[family].end_of_turn
     for harmless, attacked in (
         (chat.prompt("5"), chat.prompt(hostile)),
         (
@@ -142,6 +144,14 @@ def test_control_tokens_in_tool_output_and_questions_stay_text(family: str) -> N
         assert [i for i in attacked.ids if i in specials] == [i for i in harmless.ids if i in specials]
 
 
+def test_markers_of_turns_stay_text_where_they_are_no_tokens() -> None:
+    tokenizer = make_tokenizer("mistral_v0_1")
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    assert tokenizer.decode(chat.observation("[/INST] [INST]", after=[chat.end_of_turn_id]).ids) == (
+        " [INST] ```output\n[ /INST] [ INST]\n``` [/INST]"
+    )
+
+
 def test_template_that_drops_earlier_turns_is_refused_with_the_turn() -> None:
     template = published_template("llama3").replace(
         "set loop_messages = messages", "set loop_messages = messages[-4:]"
@@ -150,25 +160,76 @@ def test_template_that_drops_earlier_turns_is_refused_with_the_turn() -> None:
         ChatFormat.for_tokenizer(make_tokenizer("llama3", template))
 
 
-def test_template_that_strips_earlier_thoughts_is_refused_on_import_with_the_turn() -> None:
-    chat = ChatFormat.for_tokenizer(make_tokenizer("qwen3"), tool_role="user")
-    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nAdd them."}
-    messages = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "Hm."},
-        {"role": "tool", "content": "1"},
-    ]
+def test_template_that_changes_an_imported_turn_is_refused_with_the_turn() -> None:
+    template = published_template("llama3").replace("| trim", "| trim | replace('Hm', 'Well')")
+    chat = ChatFormat.for_tokenizer(make_tokenizer("llama3", template))
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Add."}]
+    messages += [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "Hm."}]
+    messages += [{"role": "tool", "content": "2"}, {"role": "assistant", "content": "\\boxed{2}"}]
     with pytest.raises(TemplateError, match="not prefix-stable at turn 2"):
-        chat.import_messages([*messages, thought, {"role": "tool", "content": "2"}, thought])
+        chat.import_messages(messages)
 
 
-def test_thoughts_survive_in_qwen3_with_its_tool_turn() -> None:
+@pytest.mark.parametrize(
+    ("tool_role", "is_kept", "observed"),
+    [
+        ("tool", True, "user\n<tool_response>\n2\n</tool_response>"),
+        ("user", False, "user\n```output\n2\n```"),
+    ],
+)
+def test_thoughts_of_qwen3_survive_a_template_that_drops_them(
+    tool_role: Literal["tool", "user"], is_kept: bool, observed: str, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = make_tokenizer("qwen3")
-    chat = ChatFormat.for_tokenizer(tokenizer)
+    chat = ChatFormat.for_tokenizer(tokenizer, tool_role=tool_role)
+    assert chat.keeps_thoughts == is_kept
+    assert ("rewrites the thoughts of earlier turns; here they stay as sampled" in caplog.text) != is_kept
     thought = "<think>\nhm\n</think>\n\nAdd them."
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": thought}]
     messages += [{"role": "tool", "content": "2"}, {"role": "assistant", "content": "\\boxed{2}"}]
-    assert chat.import_messages(messages)[1].text == thought
+    ids = [i for segment in chat.import_messages(messages) for i in segment.ids]
+    assert tokenizer.decode(ids) == (
+        f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{thought}<|im_end|>\n"
+        f"<|im_start|>{observed}<|im_end|>\n<|im_start|>assistant\n\\boxed{{2}}<|im_end|>"
+    )
+
+
+def test_thought_that_the_generation_prompt_opens_is_not_opened_again() -> None:
+    tokenizer = make_tokenizer("deepseek_r1")
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    messages = [{"role": "user", "content": "q"}]
+    messages += [{"role": "assistant", "content": "<think>\nhm\n</think>\n\n\\boxed{2}"}]
+    prompt, action = chat.import_messages(messages)
+    assert tokenizer.decode(prompt.ids).endswith("<think>\n")
+    assert tokenizer.decode(action.ids) == "hm\n</think>\n\n\\boxed{2}" + tokenizer.eos_token
+    with pytest.raises(InputError, match="assistant turn 1 has no thought, but the generation prompt"):
+        chat.import_messages([*messages[:1], {"role": "assistant", "content": "\\boxed{2}"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "answer"),
+    [
+        ("<think>\n```python\nx\n```\n\\boxed{1}\n</think>\nNo.", None, None),
+        ("hm \\boxed{1}\n</think>\n```python\ny\n```", "y", None),
+        ("<think>\n\\boxed{1}\n</think>\n\n\\boxed{2}", None, "2"),
+        ("\\boxed{3}\n<think>\n```python\nx\n```", None, "3"),
+    ],
+)
+def test_what_is_only_thought_is_neither_run_nor_an_answer(
+    text: str, code: str | None, answer: str | None
+) -> None:
+    assert (code_to_run(text), answer_of(text)) == (code, answer)
+
+
+def test_template_that_leaves_out_tool_output_is_refused() -> None:
+    with pytest.raises(TemplateError, match="leaves out tool output as a tool turn"):
+        ChatFormat.for_tokenizer(make_tokenizer("phi3"), tool_role="tool")
+
+
+def test_prompt_of_a_template_with_a_date_is_the_same_every_day() -> None:
+    tokenizer = make_tokenizer("llama3_2")
+    text = tokenizer.decode(ChatFormat.for_tokenizer(tokenizer).prompt("q").ids)
+    assert "Today Date: 26 Jul 2024\n" in text
 
 
 def test_tokenizer_without_a_template_is_refused() -> None:
@@ -217,8 +278,9 @@ def test_roles_out_of_order_are_named() -> None:
         chat.import_messages([{"role": "user", "content": "q"}, {"role": "user", "content": "again"}])
 
 
-def test_system_text_of_a_conversation_is_put_before_the_question() -> None:
-    chat = ChatFormat.for_tokenizer(make_tokenizer("gemma"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_system_text_of_a_conversation_is_that_of_the_prompt(family: str) -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer(family))
     messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "\\boxed{3}"}]
     segments = chat.import_messages([{"role": "system", "content": "Be brief."}, *messages])
     assert segments[0] == chat.prompt("How many?", system="Be brief.")
