@@ -188,12 +188,14 @@ def problem_from_row(row: Mapping[str, Any], default_id: str) -> Problem:
         question = f"{str(body).rstrip()} {question}"
     own_id = next((row[key] for key in ("id", "unique_id", "ID") if row.get(key) is not None), default_id)
     level, subject = row.get("level"), row.get("subject", row.get("type"))
+    answer = _gold(row[answer_key], answer_key)
     return Problem(
         id=str(own_id),
         question=question,
-        answer=_gold(row[answer_key], answer_key),
+        answer=answer,
         level=None if level is None else str(level),
         subject=None if subject is None else str(subject),
+        joined_answer=row.get("joined_answer") or _joined_answer(row.get("solution"), answer),
     )
 
 
@@ -345,6 +347,14 @@ def _gold(value: Any, key: str) -> str:
     if boxed is None:
         raise InputError("'solution' holds no \\boxed answer")
     return boxed
+
+
+def _joined_answer(solution: Any, answer: str) -> str | None:
+    """All boxes of a solution that ends in several joined ones, of which the answer is the last."""
+    if not isinstance(solution, str) or gold_from_solution(solution) != answer:
+        return None
+    joined = gold_from_solution(solution, joined=True)
+    return None if joined == answer else joined
 
 
 def _normal_text(text: str) -> str:

@@ -36,7 +36,7 @@ from mtpo.answer_forms import (
 )
 from mtpo.answer_text import split_top, squash
 from mtpo.answer_units import Measured, measured, units_conflict
-from mtpo.exact_numbers import Number, TooLargeError, parse_number
+from mtpo.exact_numbers import DECIMAL, Number, TooLargeError, parse_number
 from mtpo.real_sets import Piece, looks_like_set, parse_set
 from mtpo.symbolic_equality import UnreadableError, check_readable
 
@@ -45,8 +45,12 @@ GOLD_TOO_LARGE = "gold_too_large"
 MAX_ITEMS = 64
 MAX_DEPTH = 6
 
-Symbolic = Callable[[str, str], bool | None]
-"""Equality of two expressions or equations; None if one of them cannot be read."""
+PAPER_DECIMALS, PAPER_CONSTANTS = Fraction(1, 10**4), Fraction(1, 10**3)
+"""What arXiv 2409.02392's grader (after microsoft/ToRA, src/eval/grader.py@723a8f7) lets two decimals, and two
+other constants, differ by, relatively to the larger."""
+
+Symbolic = Callable[[str, str, float], bool | None]
+"""Equality of two expressions or equations, constants up to a relative difference; None if one cannot be read."""
 
 
 class Decision(NamedTuple):
@@ -56,20 +60,25 @@ class Decision(NamedTuple):
     rule: str
 
 
-def compare(gold: str, answer: str, symbolic: Symbolic | None = None) -> Decision:
+def compare(
+    gold: str, answer: str, symbolic: Symbolic | None = None, *, paper_tolerance: bool = False
+) -> Decision:
     """Compare two normalised answers.
 
     Args:
         symbolic: the rule of last resort; without it, the decision on what reaches it is None.
+        paper_tolerance: let numbers differ by `PAPER_DECIMALS` or `PAPER_CONSTANTS`, and decimals by a factor
+            of 100 for percent.
     """
-    return _Comparison(symbolic).decide(gold, answer)
+    return _Comparison(symbolic, paper_tolerance).decide(gold, answer)
 
 
 class _Comparison:
     """The rules. Each returns a decision, or None where it does not apply."""
 
-    def __init__(self, symbolic: Symbolic | None) -> None:
+    def __init__(self, symbolic: Symbolic | None, paper_tolerance: bool) -> None:
         self._symbolic = symbolic
+        self._paper_tolerance = paper_tolerance
         self._depth = 0
 
     def decide(self, gold: str, answer: str) -> Decision:
@@ -105,6 +114,8 @@ class _Comparison:
             return None
         if units_conflict(gold_side, answer_side):
             return Decision(False, "unit")
+        if self._paper_tolerance and _near(gold_side, answer_side):
+            return Decision(True, "paper_tolerance")
         if gold_side.is_percent and answer_side.is_percent:
             gold_values, answer_values = gold_values[:1], answer_values[:1]
         equal = any(g.equals(a) for g in gold_values for a in answer_values)
@@ -310,7 +321,7 @@ class _Comparison:
             return Decision(False, "unreadable")
         if self._symbolic is None:
             return Decision(None, "symbolic")
-        equal = self._symbolic(gold, answer)
+        equal = self._symbolic(gold, answer, float(PAPER_CONSTANTS) if self._paper_tolerance else 0.0)
         return Decision(False, "unreadable") if equal is None else Decision(equal, "symbolic")
 
     def _in_order(self, gold: list[str], answer: list[str], rule: str) -> Decision:
@@ -359,6 +370,16 @@ def _values(side: Measured) -> list[Number]:
         return []
     number = number.scaled(side.scale)
     return [number, number.scaled(Fraction(1, 100))] if side.is_percent else [number]
+
+
+def _near(gold: Measured, answer: Measured) -> bool:
+    """Equal with the paper's tolerance; both sides are numbers."""
+    first, second = _values(gold)[0].value, _values(answer)[0].value
+    if DECIMAL.fullmatch(gold.value) and DECIMAL.fullmatch(answer.value):
+        wanted, tolerance = [first / 100, first, first * 100], PAPER_DECIMALS
+    else:
+        wanted, tolerance = [first], PAPER_CONSTANTS
+    return any(abs(value - second) <= tolerance * max(abs(value), abs(second)) for value in wanted)
 
 
 def _quotient(ratio: Any) -> str:

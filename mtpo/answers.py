@@ -3,6 +3,7 @@ r"""The final answer of a response: what stands in the last box that the model w
 A response is a whole trajectory in flat text, where code stands in ```` ```python ```` fences and what
 the interpreter printed in ```` ```output ```` fences. Only the last assistant message counts, which is
 the text after the last output fence; a box in an earlier turn, in code or in tool output is no answer.
+A last line `#### 18`, as GSM8K's own solutions have it, stands for a box.
 """
 
 from __future__ import annotations
@@ -19,13 +20,20 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"\\[A-Za-z]+|-?[\d.,]*\d%?|[^\s\\{}$]")
 _JOINER = re.compile(
     r"[\s$]*(?:\\\)|\\\])?[\s$]*(?:\\(?:text|mbox|textrm|quad|qquad|,|;)\s*\{?\s*)*"
-    r"(?:,\s*(?:and|or)\b|,|;|and\b|or\b)"
+    r"(?:,[\s$]*(?:and|or)\b|,|;|and\b|or\b)"
     r"[\s}$]*(?:\\quad|\\qquad|\\,|\\;|\\\(|\\\[)?[\s$]*(?:[A-Za-z]\s*=\s*)?"
 )
 _MAX_JOINER_CHARS = 60
+_MAX_LINE_CHARS = 2000
 
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _GSM8K_ANSWER = re.compile(r"####\s*([^\n]*)")
+_GSM8K_LAST_LINE = re.compile(r"(?:^|\n)####[ \t]*(-?\$?\d[\d,.]*%?)\s*$")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
+_STATED_VALUE = re.compile(
+    r"\$(?=\(|[^$]*[\\^_])([^$]+)\$|\\\((.+?)\\\)"  # mathematics, but not "$5 and $6"
+    r"|((?<![\w.])-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\s?%?)"
+)
 
 
 class _Fenced(NamedTuple):
@@ -40,25 +48,29 @@ class _Box(NamedTuple):
     content: str
 
 
-def extract_answer(response: str) -> str | None:
+def extract_answer(response: str, *, last_sentence: bool = False) -> str | None:
     """The answer of a whole response: the box of its last assistant message.
 
+    Args:
+        last_sentence: without a box, take the last value in the last sentence of that message.
+
     Returns:
-        The content of the box; `a, b` for boxes joined by "and", "or" or a comma; None without a box, with
-        an empty one, or when the response ends in tool output.
+        The content of the box; `a, b` for boxes joined by "and", "or" or a comma; the number after `####` in
+        the last line; None without either, with an empty box, or when the response ends in tool output.
     """
     outputs = [fence.end for fence in _fences(response) if fence.info in _OUTPUT_INFO]
-    return boxed_in_prose(response[outputs[-1] :] if outputs else response)
+    prose = _prose(response[outputs[-1] :] if outputs else response)
+    boxed = last_boxed(prose)
+    if boxed is not None:
+        return boxed.strip() or None
+    if marked := _GSM8K_LAST_LINE.search(prose[-_MAX_LINE_CHARS:]):
+        return marked.group(1)
+    return _value_in_last_sentence(prose) if last_sentence else None
 
 
 def boxed_in_prose(text: str) -> str | None:
     """The answer in ONE assistant message: its last box outside all fences, or None."""
-    prose, position = [], 0
-    for fence in _fences(text):
-        prose.append(text[position : fence.start])
-        position = fence.end
-    prose.append(text[position:])
-    return (last_boxed("\n".join(prose)) or "").strip() or None
+    return (last_boxed(_prose(text)) or "").strip() or None
 
 
 def last_boxed(text: str) -> str | None:
@@ -102,6 +114,21 @@ def gold_from_gsm8k(answer: str) -> str | None:
     """The gold answer of a GSM8K record: the number after `####`, without separators (`2,125` -> `2125`)."""
     found = _GSM8K_ANSWER.findall(answer)
     return found[-1].strip().replace(",", "") if found else None
+
+
+def _value_in_last_sentence(prose: str) -> str | None:
+    sentences = [s for s in _SENTENCE_END.split(prose[-_MAX_LINE_CHARS:]) if s.strip()]
+    values = _STATED_VALUE.findall(sentences[-1]) if sentences else []
+    return max(values[-1], key=len).strip() if values else None
+
+
+def _prose(text: str) -> str:
+    """The text without its fenced blocks."""
+    prose, position = [], 0
+    for fence in _fences(text):
+        prose.append(text[position : fence.start])
+        position = fence.end
+    return "\n".join([*prose, text[position:]])
 
 
 def _fences(text: str) -> list[_Fenced]:

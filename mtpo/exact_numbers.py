@@ -30,6 +30,8 @@ _TOKEN = re.compile(
 _LITERAL = re.compile(
     r"[-+]?\s*(\d*)\.(\d*)\s*(?:[eE]([+-]?\d{1,4})|\\cdot\s*10\s*\^\s*\{\s*([+-]?\d{1,4})\s*\})?"
 )
+DECIMAL = re.compile(r"[-+]?\s*(?:\d[\d,]*\.?\d*|\.\d+)")
+"""A number written without fraction, root or operation."""
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _SPACED_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?: \d{3})+")
 _SPACED_MIXED = re.compile(r"([-+]?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)")

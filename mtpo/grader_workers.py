@@ -55,7 +55,7 @@ class WorkerPool:
             self._slots.put(None)
         self._zygote = _Zygote()
 
-    def decide(self, gold: str, answer: str) -> Decision:
+    def decide(self, gold: str, answer: str, *, paper_tolerance: bool = False) -> Decision:
         """Compare two normalised answers with the symbolic rule, waiting for a free worker.
 
         Returns:
@@ -66,7 +66,7 @@ class WorkerPool:
             worker = self._slots.get()
             try:
                 worker = worker or self._zygote.fork()
-                return worker.decide(gold, answer, self._timeout_s)
+                return worker.decide([gold, answer, paper_tolerance, self._timeout_s])
             except WorkerDiedError as death:
                 worker = None
                 if death.signal_number in _DEADLINE_RULES:
@@ -95,13 +95,14 @@ class _Worker:
         self._zygote, self._pid, self._connection = zygote, pid, connection
         self._stream = connection.makefile("rwb")
 
-    def decide(self, gold: str, answer: str, timeout_s: float) -> Decision:
-        """
+    def decide(self, request: list[Any]) -> Decision:
+        """Send gold, answer, whether the paper's tolerance holds, and CPU seconds; receive the decision.
+
         Raises:
             WorkerDiedError: the worker ended before it answered.
         """
         try:
-            self._stream.write(json.dumps([gold, answer, timeout_s]).encode() + b"\n")
+            self._stream.write(json.dumps(request).encode() + b"\n")
             self._stream.flush()
             line = self._stream.readline()
         except OSError:
@@ -241,10 +242,10 @@ def _work(connection: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with connection.makefile("rwb") as stream:
         for line in stream:
-            gold, answer, timeout_s = json.loads(line)
+            gold, answer, paper_tolerance, timeout_s = json.loads(line)
             _set_deadline(timeout_s)
             try:
-                decision = compare(gold, answer, equal_expressions)
+                decision = compare(gold, answer, equal_expressions, paper_tolerance=paper_tolerance)
             except (
                 Exception,
                 RecursionError,

@@ -11,6 +11,7 @@ digits at every point, two equations if their sides' differences have one ratio 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -95,21 +96,34 @@ def _check_nesting(text: str) -> None:
         raise UnreadableError("brackets that are not closed")
 
 
-def equal_expressions(gold: str, answer: str) -> bool | None:
-    """Whether two expressions, or two equations, are equal; None if one cannot be read or evaluated."""
+def equal_expressions(gold: str, answer: str, constants_within: float = 0.0) -> bool | None:
+    """Whether two expressions, or two equations, are equal; None if one cannot be read or evaluated.
+
+    Args:
+        constants_within: relative difference up to which expressions without variables are equal as well.
+    """
     import mpmath
 
     with mpmath.workdps(DIGITS):
         try:
             if "=" in gold or "=" in answer:
                 return _same_ratio(_sides(gold), _sides(answer))
-            return _same_values(_parse(gold), _parse(answer), digits=_agreement(gold, answer))
+            sides = _parse(gold), _parse(answer)
+            if constants_within and not any(_has_variables(side) for side in sides):
+                digits = -math.log10(constants_within)
+            else:
+                digits = _agreement(gold, answer)
+            return _same_values(*sides, digits=digits)
         except UnreadableError:
             return None
 
 
 def _agreement(*texts: str) -> int:
     return FLOAT_AGREEMENT if any(_LONG_FLOAT.search(text) for text in texts) else AGREEMENT
+
+
+def _has_variables(expression: Any) -> bool:
+    return any(symbol.name != "i" for symbol in getattr(expression, "free_symbols", ()))
 
 
 def _sides(equation: str) -> tuple[Any, Any]:
@@ -153,7 +167,7 @@ def _for_parser(text: str) -> str:
     return re.sub(r"\)\s*(?=[(A-Za-z\d]|\\(?!cdot|rfloor|rceil))", r")\\cdot ", text)
 
 
-def _same_values(gold: Any, answer: Any, digits: int) -> bool | None:
+def _same_values(gold: Any, answer: Any, digits: float) -> bool | None:
     """Equal at all positive points, and wherever else both are real."""
     compared = 0
     for point, is_positive in _points():
@@ -189,7 +203,7 @@ def _same_ratio(gold: tuple[Any, Any], answer: tuple[Any, Any]) -> bool | None:
     return all(_agree(first[0] * other[1], first[1] * other[0], AGREEMENT) for other in others)
 
 
-def _agree(a: Any, b: Any, digits: int) -> bool:
+def _agree(a: Any, b: Any, digits: float) -> bool:
     """Relatively to so many digits, or both vanish: values that cancel leave an error of the working precision."""
     from mpmath import mpf
 

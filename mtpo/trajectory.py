@@ -65,6 +65,8 @@ class Problem:
     """The gold answer alone, without working, for example `18` or `\\frac{3}{4}`."""
     level: str | None = None
     subject: str | None = None
+    joined_answer: str | None = None
+    """All values of several boxes, such as `5, 7`, where `answer` is the last one alone; None otherwise."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

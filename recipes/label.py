@@ -9,9 +9,7 @@ sft.jsonl) holds the rows, OUT/grades.jsonl the verdict on every trajectory and 
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +26,7 @@ from data.trajectories import read_trajectories
 from mtpo.chat import ChatFormat
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
-from mtpo.grader import Grade, Grader
+from mtpo.grader import STRICT, WORKERS, Grade, GradingOptions, shared_grader
 from mtpo.models import load_tokenizer
 from mtpo.runs import RunFolder, write_jsonl
 from mtpo.trajectory import Problem, Trajectory
@@ -55,13 +53,27 @@ class Config:
         default=False, metadata={"help": "keep correct trajectories whose last tool output is an error"}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "renders files of others into ids"})
-    workers: int = field(default=2, metadata={"help": "processes for the answers that need algebra"})
+    accept_joined: bool = field(
+        default=False,
+        metadata={"help": 'where a gold answer is the last of several boxes ("5 or 7"), accept them all too'},
+    )
+    paper_tolerance: bool = field(
+        default=False, metadata={"help": "let numbers differ as in the grader of arXiv 2409.02392"}
+    )
+    workers: int = field(default=WORKERS, metadata={"help": "processes for the answers that need algebra"})
     seed: int = field(default=0, metadata={"help": "fixes which pairs are drawn"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
     def __post_init__(self) -> None:
         if self.per_problem < 1:
             raise InputError(f"--per_problem must be at least 1, got {self.per_problem}")
+        if self.workers < 1:
+            raise InputError(f"--workers must be at least 1, got {self.workers}")
+
+    @property
+    def grading(self) -> GradingOptions:
+        """Without `last_sentence`: only a box earns a label."""
+        return GradingOptions(accept_joined=self.accept_joined, paper_tolerance=self.paper_tolerance)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +84,7 @@ def label(config: Config) -> str:
     graded: Graded = []
     for source in config.trajectories:
         problems, trajectories = read_source(source, config.tokenizer)
-        graded += grade_trajectories(trajectories, problems, workers=config.workers)
+        graded += grade_trajectories(trajectories, problems, workers=config.workers, options=config.grading)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=frozenset({"workers"}))
     counts = write_rows(
         folder.path,
@@ -82,9 +94,10 @@ def label(config: Config) -> str:
         seed=config.seed,
         max_tokens=config.max_tokens,
         drop_ignored_errors=not config.keep_ignored_errors,
+        options=config.grading,
     )
     print(counts.table())
-    folder.finish(dataclasses.asdict(counts))
+    folder.finish(dataclasses.asdict(counts) | {"grading": config.grading.names})
     return f"{counts.num_rows} rows in {folder.path / f'{config.kind}.jsonl'}"
 
 
@@ -120,14 +133,18 @@ def read_source(source: str, tokenizer: str | None) -> tuple[list[Problem], list
 
 
 def grade_trajectories(
-    trajectories: Iterable[Trajectory], problems: Iterable[Problem], *, workers: int = 2
+    trajectories: Iterable[Trajectory],
+    problems: Iterable[Problem],
+    *,
+    workers: int = WORKERS,
+    options: GradingOptions = STRICT,
 ) -> Graded:
     """Each trajectory with the verdict on its last turn. Tool output and earlier turns cannot give the answer.
 
     Raises:
         InputError: a trajectory is of a problem that is not among `problems`.
     """
-    golds = {problem.id: problem.answer for problem in problems}
+    golds = {problem.id: options.golds(problem) for problem in problems}
     listed = list(trajectories)
     for trajectory in listed:
         if trajectory.problem_id not in golds:
@@ -135,18 +152,11 @@ def grade_trajectories(
                 f"a trajectory is of problem {trajectory.problem_id!r}, which is not in problems.jsonl"
             )
     pairs = [(t.actions[-1].text if t.actions else "", golds[t.problem_id]) for t in listed]
+    grader = shared_grader(workers=workers, options=options)
     grades: list[Grade] = []
     for start in tqdm(range(0, len(pairs), BATCH), desc="grading", unit_scale=BATCH, unit="traj", delay=2):
-        grades += _grader(workers).grade_many(pairs[start : start + BATCH])
+        grades += grader.grade_many(pairs[start : start + BATCH])
     return list(zip(listed, grades, strict=True))
-
-
-@functools.cache
-def _grader(workers: int) -> Grader:
-    """One grader for the life of the process: its workers take a second to start, and it remembers what it graded."""
-    grader = Grader(workers=workers)
-    atexit.register(grader.close)
-    return grader
 
 
 def write_rows(
@@ -158,13 +168,14 @@ def write_rows(
     seed: int = 0,
     max_tokens: int | None = None,
     drop_ignored_errors: bool = True,
+    options: GradingOptions = STRICT,
 ) -> LabelCounts:
-    """Write `grades.jsonl`, and the rows of one kind to `KIND.jsonl`.
+    """Write `grades.jsonl`, which names the options of grading, and the rows of one kind to `KIND.jsonl`.
 
     Raises:
         InputError: there would be no row; says why.
     """
-    write_jsonl(folder / "grades.jsonl", (_grade_row(t, g) for t, g in graded))
+    write_jsonl(folder / "grades.jsonl", (_grade_row(t, g, options) for t, g in graded))
     makers: dict[Kind, Callable[..., tuple[list[dict[str, Any]], LabelCounts]]] = {
         "pairs": make_pairs,
         "binary": make_binary,
@@ -179,13 +190,14 @@ def write_rows(
     return counts
 
 
-def _grade_row(trajectory: Trajectory, verdict: Grade) -> dict[str, Any]:
+def _grade_row(trajectory: Trajectory, verdict: Grade, options: GradingOptions) -> dict[str, Any]:
     return {
         "problem_id": trajectory.problem_id,
         "sample": trajectory.sample,
         "verdict": verdict.verdict,
         "rule": verdict.rule,
         "answer": verdict.answer,
+        "grading": options.names,
         "stop_reason": trajectory.stop_reason.value,
     }
 

@@ -54,6 +54,7 @@ def test_last_boxed_matches_braces(text: str, content: str | None) -> None:
         r"$x = \boxed{5}$ or $x = \boxed{7}$",
         r"\boxed{5} \text{ or } \boxed{7}",
         r"\(\boxed{5}\) and \(\boxed{7}\)",
+        r"$\boxed{5},$ or $\boxed{7}$",
     ],
 )
 def test_boxes_joined_by_and_or_comma_are_one_answer(text: str) -> None:
@@ -90,6 +91,43 @@ def test_one_message_with_fences_inside() -> None:
     message = "\\boxed{8}\n```output\n\\boxed{9}\n```\nas the output says"
     assert boxed_in_prose(message) == "8"
     assert extract_answer(message) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("16 - 3 = <<16-3=13>>13\n#### 2,125", "2,125"),
+        ("#### -3 \n", "-3"),
+        ("So \\boxed{7}.\n#### 8", "7"),  # a box comes first
+        ("#### Step 2: 5", None),  # a heading
+        ("#### 5\nThat is all.", None),
+        (CODE + "```python\nprint(1)\n#### 5", None),
+    ],
+)
+def test_gsm8ks_mark_in_the_last_line_is_an_answer(response: str, answer: str | None) -> None:
+    assert extract_answer(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("prose", "answer"),
+    [
+        ("Tom has 3 pens. Thus the total is 42.", "42"),
+        ("He pays $45 and gets 3 pens for $1,234.50.", "$1,234.50"),
+        (r"Hence $x = 5$ and the slope is $\frac{3}{4}$.", r"\frac{3}{4}"),
+        (r"The point is \((1, 2)\)", "(1, 2)"),
+        ("It is 3/4 of them, 75%.", "75%"),
+        ("I do not know. There were 5 of them.\nSorry.", None),
+        ("", None),
+    ],
+)
+def test_the_last_sentence_answers_only_where_that_is_asked_for(prose: str, answer: str | None) -> None:
+    assert extract_answer(CODE + prose) is None
+    assert extract_answer(CODE + prose, last_sentence=True) == answer
+
+
+@pytest.mark.parametrize("response", [CODE, CODE + "```python\nprint(5)", CODE + r"so \boxed{}, 5."])
+def test_neither_code_nor_output_nor_an_empty_box_gives_way_to_the_last_sentence(response: str) -> None:
+    assert extract_answer(response, last_sentence=True) is None
 
 
 def test_a_million_open_boxes_are_read_in_linear_time() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mtpo.answers import gold_from_gsm8k, gold_from_solution
-from mtpo.grader import Grade, Grader, grade
+from mtpo.grader import Grade, Grader, GradingOptions, grade, shared_grader
+from mtpo.trajectory import Problem
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -198,6 +199,67 @@ def test_importing_and_grading_numbers_loads_neither_torch_nor_sympy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_options_that_are_on_are_named() -> None:
+    assert GradingOptions().names == []
+    assert GradingOptions(paper_tolerance=True, accept_joined=True).names == [
+        "accept_joined",
+        "paper_tolerance",
+    ]
+
+
+def test_joined_boxes_are_accepted_only_where_that_is_asked_for(grader: Grader) -> None:
+    problem = Problem("p", "Roots?", "1", joined_answer="-2, 1")
+    for options, verdicts in [
+        (GradingOptions(), ["correct", "wrong", "wrong"]),
+        (GradingOptions(accept_joined=True), ["correct", "correct", "wrong"]),
+    ]:
+        golds = options.golds(problem)
+        grades = [grader.grade(rf"\boxed{{{answer}}}", golds) for answer in ("1", "1, -2", "1, 2")]
+        assert [grade.verdict for grade in grades] == verdicts
+
+
+def test_an_answer_is_wrong_only_if_every_gold_says_so(grader: Grader) -> None:
+    assert grader.grade(r"\boxed{2}", ("1", "")) == Grade("ungraded", "2", "empty_gold")
+    assert grader.grade(r"\boxed{2}", ("", "2")).verdict == "correct"
+
+
+def test_the_last_sentence_counts_only_where_that_is_asked_for() -> None:
+    response = "I add them up. The total is $1,250."
+    assert Grader().grade(response, "1250").rule == "no_answer"
+    assert Grader(options=GradingOptions(last_sentence=True)).grade(response, "1250") == Grade(
+        "correct", "$1,250", "number"
+    )
+
+
+# what math_equal of the paper's grader says, worked out from its source by hand
+@pytest.mark.parametrize(
+    ("gold", "answer", "is_equal"),
+    [
+        ("10000", "10001", True),
+        ("10000", "10002", False),
+        ("5", "500", True),
+        ("5", "0.05", True),
+        ("5", "50", False),
+        (r"\frac{3}{7}", "0.4286", True),
+        (r"\frac{3}{7}", "0.43", False),
+        (r"\frac{1}{2}", "50", False),
+        (r"\frac{1997}{2}", "999", True),
+        (r"2\sqrt{3}", "3.464", True),
+        (r"2\sqrt{3}", "3.46", False),
+        (r"\sqrt{2}x", r"1.4142x", False),
+        ("(1, 0.3333)", r"(1, \frac{1}{3})", True),
+    ],
+)
+def test_the_papers_tolerance(gold: str, answer: str, is_equal: bool) -> None:
+    with Grader(workers=1, options=GradingOptions(paper_tolerance=True)) as tolerant:
+        assert verdict(tolerant, gold, answer) == ("correct" if is_equal else "wrong")
+
+
+def test_one_grader_serves_all_with_the_same_settings() -> None:
+    assert shared_grader() is shared_grader(workers=2, options=GradingOptions())
+    assert shared_grader() is not shared_grader(options=GradingOptions(last_sentence=True))
+
+
 def shared_cases() -> list[dict]:
     path = SHARED / "grading_cases.jsonl"
     if not path.exists():
@@ -225,14 +287,12 @@ def test_no_shared_bomb_takes_longer_than_the_timeout(grader: Grader) -> None:
             assert time.monotonic() - start < grader.timeout_s + 1, case["id"]
 
 
-def test_every_gold_of_gsm8k_is_its_own_answer(grader: Grader) -> None:
+def test_every_gold_of_gsm8k_is_found_in_its_own_solution(grader: Grader) -> None:
     folder = SHARED / "data" / "gsm8k"
     if not folder.exists():
         pytest.skip(f"{folder} is not on this machine")
     rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.open()]
-    golds = [gold_from_gsm8k(row["answer"]) for row in rows]
-    boxes = [rf"\boxed{{{row['answer'].rpartition('####')[2].strip()}}}" for row in rows]
-    grades = grader.grade_many([(box, gold or "") for box, gold in zip(boxes, golds, strict=True)])
+    grades = grader.grade_many([(row["answer"], gold_from_gsm8k(row["answer"]) or "") for row in rows])
     assert len(grades) == 8792
     assert {grade.verdict for grade in grades} == {"correct"}
 

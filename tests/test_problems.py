@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import logging
@@ -53,6 +54,26 @@ def write_rows(path: Path, *rows: Any) -> Path:
 def test_a_row_is_recognised_by_its_fields(tmp_path: Path, row: Any, question: str, answer: str) -> None:
     (problem,) = load_problems(str(write_rows(tmp_path / "set.jsonl", row)))
     assert (problem.question, problem.answer) == (question, answer)
+
+
+def test_a_gold_answer_that_is_the_last_of_several_boxes_keeps_them_all(tmp_path: Path) -> None:
+    solution = r"The roots are $\boxed{-2}$ and $\boxed{1}$."
+    rows = [{"problem": "p", "solution": solution}, {"problem": "p", "answer": "1", "solution": solution}]
+    others = [MATH_ROW, {"problem": "p", "answer": "7", "solution": solution}, GSM8K_ROW]
+    problems = load_problems(str(write_rows(tmp_path / "set.jsonl", *rows, *others)))
+    assert [p.answer for p in problems[:2]] == ["1", "1"]
+    assert [p.joined_answer for p in problems] == ["-2, 1", "-2, 1", None, None, None]
+    assert load_problems(str(write_rows(tmp_path / "again.jsonl", problems[0].to_json())))[0] == (
+        dataclasses.replace(problems[0], id="set/0")
+    )
+
+
+@needs_shared_data
+def test_golds_of_math_that_are_cut_from_several_boxes(caplog: pytest.LogCaptureFixture) -> None:
+    problems = [p for split in ("train", "test") for p in load_problems(f"math:{split}@{SHARED / 'math'}")]
+    assert len(problems) == 12_498
+    assert "left out 2 problems with an empty box" in caplog.text
+    assert sum(p.joined_answer is not None for p in problems) == 22  # counted by hand, see the data's README
 
 
 def test_the_rows_in_the_readme_are_all_read(tmp_path: Path) -> None:
