@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.processes import adopt_orphans, descendants, private_mib, pss_mib, rss_mib
+from benchmarks.processes import private_mib, pss_mib, rss_mib
 from sandbox import InterpreterPool
+from sandbox.processes import adopt_orphans, descendants
 from sandbox.session import Session
 
 MAX_CLOSE_S = 10.0

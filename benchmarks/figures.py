@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.maths import MathsTrajectory, check_answers
 from benchmarks.peers import Ours, Peer
-from benchmarks.processes import cpu_s, descendants, private_mib, pss_mib
+from benchmarks.processes import cpu_s, private_mib, pss_mib
+from sandbox.processes import descendants
 
 
 @dataclass(frozen=True, slots=True)

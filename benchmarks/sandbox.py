@@ -26,7 +26,7 @@ from benchmarks.crowd import open_at_once
 from benchmarks.figures import Figures, measure
 from benchmarks.maths import maths_trajectories
 from benchmarks.peers import PEERS
-from benchmarks.processes import adopt_orphans
+from sandbox.processes import adopt_orphans
 
 ROUNDS = 2
 OURS, UNISOLATED, PAPER, STOCK, _ = PEERS

@@ -26,10 +26,11 @@ from itertools import chain
 from pathlib import Path
 
 from benchmarks.maths import MathsTrajectory, maths_trajectories
-from benchmarks.processes import adopt_orphans, descendants, generations, num_descriptors, rss_mib
+from benchmarks.processes import num_descriptors, rss_mib
 from mtpo.errors import SandboxError
 from mtpo.trajectory import Execution
 from sandbox import InterpreterPool, Limits
+from sandbox.processes import adopt_orphans, descendants, generations
 from sandbox.session import Session
 
 MAX_TURNS = 12

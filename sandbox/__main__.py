@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     if argv[:1] == ["attack"]:  # has options of its own
-        from sandbox.attack import main as attack
+        from sandbox.hostile.suite import main as attack
 
         return attack(argv[1:])
     options = build_parser().parse_args(argv)

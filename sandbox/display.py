@@ -172,7 +172,8 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     # and render each error in full, which takes 20 to 300 ms.
     shell._tee = lambda channel: contextlib.nullcontext()
     shell._format_exception_for_storage = lambda *args, **kwargs: {}
-    kernel._publish_execute_input = lambda *args: None  # the owner knows what it sent, and would read it back
+    # The owner knows what it sent, and would read it back.
+    kernel._publish_execute_input = lambda code, parent, execution_count: None
     shell.ask_exit = leave_cell  # exit() ends the cell, not the session
     shell.compile.get_code_name = name_cell
     if not limits.max_processes:

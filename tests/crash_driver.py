@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import generations
 from data.trajectories import Journal, read_trajectories
 from mtpo.chat import ChatFormat
 from mtpo.errors import EngineError
 from mtpo.rollout import Generation, RolloutLimits, Sampling, rollout
 from mtpo.trajectory import Problem, Trajectory
 from sandbox import InterpreterPool
+from sandbox.processes import generations
 from tests.scripted import gemma_chat
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import descendants
 from sandbox import InterpreterPool
+from sandbox.processes import descendants, stat_fields
 
 
 def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return stat_fields(pid)[:1] not in ([], ["Z"])
 
 
 def processes_of(pool: InterpreterPool) -> list[int]:

@@ -15,10 +15,11 @@ import pytest
 
 from benchmarks.figures import Figures, quantile_ms
 from benchmarks.maths import WrongAnswerError, check_answers, maths_trajectories
-from benchmarks.processes import cpu_s, descendants, private_mib, pss_mib, rss_mib
+from benchmarks.processes import cpu_s, private_mib, pss_mib, rss_mib
 from benchmarks.sandbox import OURS, PAPER, STOCK, bars, table
 from benchmarks.sandbox_soak import Tally, checks, quarters
 from mtpo.trajectory import Execution
+from sandbox.processes import descendants
 
 ROOT = Path(__file__).resolve().parents[1]
 

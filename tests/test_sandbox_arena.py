@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from mtpo.errors import InputError
-from sandbox.arena import MARKER
-from sandbox.attack import main, run_attacks
-from sandbox.attacks import Attack, load_attacks
+from sandbox.hostile.arena import MARKER
+from sandbox.hostile.attacks import Attack, load_attacks
+from sandbox.hostile.suite import main, run_attacks
 
 FILE = load_attacks()
 NEEDS_A_LAYER = [attack for attack in FILE.attacks if attack.held_by == "layers"]

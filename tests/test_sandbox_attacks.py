@@ -1,4 +1,4 @@
-"""What hostile code must not achieve; `sandbox/attacks.yaml` says what it tries."""
+"""What hostile code must not achieve; `sandbox/hostile/attacks.yaml` says what it tries."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 
 from mtpo.errors import SandboxError
-from sandbox.arena import MARKER, Arena
-from sandbox.attacks import Attack, load_attacks
+from sandbox.hostile.arena import MARKER, Arena
+from sandbox.hostile.attacks import Attack, load_attacks
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = load_attacks()
@@ -45,7 +45,7 @@ def test_attacks_hold_for_an_ordinary_user() -> None:
     command = [
         sys.executable,
         "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from sandbox.attack import main",
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from sandbox.hostile.suite import main",
     ]
     try:
         subprocess.run(command, **user, capture_output=True, check=True)

@@ -65,9 +65,9 @@ def test_run_reads_stdin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def test_attack_has_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[list[str]] = []
-    module = types.ModuleType("sandbox.attack")
+    module = types.ModuleType("sandbox.hostile.suite")
     module.main = lambda argv: heard.append(argv) or 5  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "sandbox.attack", module)
+    monkeypatch.setitem(sys.modules, "sandbox.hostile.suite", module)
     assert main(["attack", "--help", "x"]) == 5
     assert heard == [["--help", "x"]]
 

@@ -11,9 +11,9 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 
-from benchmarks.processes import descendants
 from mtpo.errors import InputError
 from sandbox.jupyter import SandboxProvisioner
+from sandbox.processes import descendants
 from tests.processes import wait_until_gone
 
 ROOT = Path(__file__).resolve().parents[1]

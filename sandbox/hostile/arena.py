@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 from mtpo.errors import SandboxError
 from mtpo.trajectory import Execution
-from sandbox.attacks import Attack
-from sandbox.canaries import Canaries
 from sandbox.files import remove_tree
-from sandbox.footprint import Footprint, adopting_orphans, peak_mb
+from sandbox.hostile.attacks import Attack
+from sandbox.hostile.canaries import Canaries
+from sandbox.hostile.footprint import Footprint, adopting_orphans, peak_mb
 from sandbox.layers import Isolation
 from sandbox.limits import Limits
 from sandbox.pool import InterpreterPool

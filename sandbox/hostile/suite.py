@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from mtpo.errors import InputError, MtpoError, SandboxError
-from sandbox.arena import LIMITS, MARKER, Arena, Outcome
-from sandbox.attacks import Attack, load_attacks
+from sandbox.hostile.arena import LIMITS, MARKER, Arena, Outcome
+from sandbox.hostile.attacks import Attack, load_attacks
 from sandbox.layers import LAYERS, OPTIONAL, Isolation
 from sandbox.limits import Limits
 

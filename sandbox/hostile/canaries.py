@@ -18,6 +18,8 @@ import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from sandbox.processes import stat_fields
+
 SHARED_MEMORY = Path("/dev/shm")
 VICTIM = """
 import ctypes, os, signal, sys
@@ -162,7 +164,7 @@ class Canaries:
         pid = self._victim.pid
         if (code := self._victim.poll()) is not None:
             return f"dead (exit code {code})"
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = stat_fields(pid)[0]
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         how = "stopped" if state in "Tt" else "alive"
         return f"{how} with nice value {os.getpriority(os.PRIO_PROCESS, pid)} and file limits {limits}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import resource
 import signal
@@ -13,9 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandbox.processes import adopt_orphans, descendants
+
 SETTLE_S = 4.0
 """What a closed session left must be gone after this time."""
-PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Footprint:
 
     @classmethod
     def of(cls, directory: Path) -> Footprint:
-        processes = frozenset(_descendants())
+        processes = frozenset(descendants(os.getpid(), with_dead=True))
         counts = {
             "processes": len(processes),
             "descriptors": len(os.listdir("/proc/self/fd")),
@@ -66,26 +66,8 @@ def peak_mb() -> float:
 @contextmanager
 def adopting_orphans() -> Iterator[None]:
     """Make processes whose parents end children of this one, so that no daemon gets out of sight."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     try:
         yield
     finally:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
-
-
-def _descendants() -> list[int]:
-    """Processes that come from this one. Its own dead children wait for whoever started them."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        with suppress(OSError):
-            if entry.isdigit():
-                state, parent, *_ = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                if state != "Z" or int(parent) != os.getpid():
-                    children.setdefault(int(parent), []).append(int(entry))
-    found, waiting = [], [os.getpid()]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
+        adopt_orphans(adopt=False)
