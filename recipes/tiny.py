@@ -93,8 +93,8 @@ def make_tiny_gemma2(tokenizer: PreTrainedTokenizerFast, seed: int) -> Gemma2For
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=24,
-        query_pre_attn_scalar=24,
+        head_dim=32,  # the smallest that vLLM attends with on a CPU
+        query_pre_attn_scalar=32,
         max_position_embeddings=MAX_POSITIONS,
         pad_token_id=pad_id,
         eos_token_id=eos_id,
