@@ -281,9 +281,11 @@ def test_roles_out_of_order_are_named() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_system_text_of_a_conversation_is_that_of_the_prompt(family: str) -> None:
     chat = ChatFormat.for_tokenizer(make_tokenizer(family))
-    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "\\boxed{3}"}]
-    segments = chat.import_messages([{"role": "system", "content": "Be brief."}, *messages])
-    assert segments[0] == chat.prompt("How many?", system="Be brief.")
+    messages = published_messages(family)
+    with_system = chat.import_messages([{"role": "system", "content": "Be brief."}, *messages])
+    assert with_system[0] == chat.prompt(QUESTION, system="Be brief.")
+    assert with_system[1:] == chat.import_messages(messages)[1:]
+    assert chat.tokenizer.decode(with_system[0].ids).count("Be brief.") == 1
 
 
 def test_import_tells_how_a_trajectory_ended_and_which_tool_calls_failed() -> None:
