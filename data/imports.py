@@ -13,16 +13,22 @@ A fence around tool output is taken off, and roles are checked to alternate, whe
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data.problems import file_lines, gold_answer, parse_object
-from mtpo.chat import messages_from_flat_text
+from mtpo.chat import ChatFormat, messages_from_flat_text
 from mtpo.errors import InputError
-from mtpo.trajectory import Problem
+from mtpo.trajectory import Problem, Trajectory
+
+logger = logging.getLogger(__name__)
 
 QUESTION_KEYS = ("question", "problem", "prompt", "input")
 FLAT_TEXT_KEYS = ("code", "response", "completion", "generation", "output")
@@ -63,6 +69,42 @@ def read_foreign(path: str | Path) -> Iterator[ForeignTrajectory]:
             yield from _from_row(parse_object(line), f"{path.name.split('.')[0]}/{index}")
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What could be imported of a file, and what could not."""
+
+    problems: list[Problem]
+    """As the file names them, in its order."""
+    trajectories: list[Trajectory]
+    """Samples of a problem are counted in the file's order; `metadata` is the record's."""
+    refused: list[str]
+    """One line for each conversation that cannot be rendered: its problem, and why."""
+
+
+def import_file(path: str | Path, chat: ChatFormat) -> Imported:
+    """The trajectories of a file in any of the forms above, with ids.
+
+    Raises:
+        InputError: there is no such file, a record is broken, or none of them can be imported.
+    """
+    problems: dict[str, Problem] = {}
+    samples: Counter[str] = Counter()
+    trajectories, refused = [], []
+    for foreign in tqdm(read_foreign(path), desc="importing", unit="traj", delay=2):
+        problem = problems.setdefault(foreign.problem.id, foreign.problem)
+        names: dict[str, Any] = {"sample": samples[problem.id], "metadata": foreign.metadata}
+        try:
+            trajectories.append(chat.import_trajectory(problem, foreign.messages, **names))
+            samples[problem.id] += 1
+        except InputError as error:
+            refused.append(f"a trajectory of problem {problem.id}: {error}")
+            logger.warning("left out: %s, %s", path, refused[-1])
+    if not trajectories:
+        reason = f": {refused[0]}" if refused else ""
+        raise InputError(f"{path}: none of its {len(refused)} trajectories can be imported{reason}")
+    return Imported(list(problems.values()), trajectories, refused)
 
 
 def _from_row(row: dict[str, Any], default_id: str) -> Iterator[ForeignTrajectory]:

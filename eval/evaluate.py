@@ -1,86 +1,188 @@
-"""What graded trajectories say about a model: accuracy with intervals, and where every trajectory went.
+"""What the trajectories of a run say about a model: scores with intervals, and where every trajectory went.
 
-Accuracy counts all trajectories but environment faults: one that was cut short, or that could not be graded,
-is not correct. The counts of each are part of the result, so no denominator is hidden.
+Scores count all trajectories but environment faults: one that was cut short, or that could not be graded, is not
+correct. Every figure carries what it is a share of, and `eval/README.md` has all of them as they stand in
+`metrics.json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from eval.metrics import bootstrap_interval, majority_vote, pass_at_k, wilson_interval
-from mtpo.errors import InputError
-from mtpo.grader import Grade, grade
-from mtpo.trajectory import Problem, StopReason, Trajectory
+import numpy as np
 
-Graded = Sequence[tuple[Trajectory, Grade]]
+from eval.metrics import bootstrap_interval, majority_at_k, pass_at_k, wilson_interval
+from eval.predictions import Graded, Prediction, by_problem, predictions_of
+from mtpo.errors import InputError
+from mtpo.trajectory import Problem
+
+SCHEMA = 1
+"""Version of `metrics.json` and `predictions.jsonl`."""
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """A share of correct trajectories, averaged over problems."""
+class Score:
+    """A figure between 0 and 1, averaged over problems, with its 95 % interval."""
 
     value: float
     low: float
     high: float
-    """95 % interval: Wilson's with one trajectory a problem, else a bootstrap over problems."""
+    interval: str
+    """`wilson` where every problem has 0 or 1, else `bootstrap` over problems: samples of one problem are no
+    independent evidence."""
     num_problems: int
+    num_trajectories: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], num_trajectories: int) -> Score:
+        """The score of problems with these values, at least one."""
+        if all(value in (0, 1) for value in values):
+            low, high = wilson_interval(int(sum(values)), len(values))
+            return cls(fmean(values), low, high, "wilson", len(values), num_trajectories)
+        return cls(fmean(values), *bootstrap_interval(values), "bootstrap", len(values), num_trajectories)
 
     def __str__(self) -> str:
         return f"{self.value:6.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One model on one problem set."""
+class Rate:
+    """`count` of `of` units; the value is None if there is none."""
 
-    accuracy: Accuracy
-    by_subject: dict[str, Accuracy]
-    by_level: dict[str, Accuracy]
-    samples: int
-    """The most trajectories that any problem has."""
-    pass_at: dict[int, float]
-    """Unbiased pass@k for k = 1, 2, 4, ... up to the samples that every problem has; empty with one."""
-    majority: float | None
-    """Accuracy of the most common answer, answers that are equal counting as one; None with one sample."""
-    outcomes: dict[str, int]
-    """Trajectories by verdict; of those that are not correct, also by stop reason or grading rule."""
+    value: float | None
+    count: int
+    of: int
+    unit: str
+
+    @classmethod
+    def share(cls, flags: Sequence[bool], unit: str) -> Rate:
+        return cls.count_of(sum(flags), len(flags), unit)
+
+    @classmethod
+    def count_of(cls, count: int, of: int, unit: str) -> Rate:
+        return cls(count / of if of else None, count, of, unit)
+
+    def __str__(self) -> str:
+        share = "     -" if self.value is None else f"{self.value:6.1%}"
+        return f"{share}  {self.count:,} of {self.of:,} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A count or a time over trajectories."""
+
+    mean: float
+    median: float
+    p95: float
+    max: float
+    total: float
+    of: int
+
+    @classmethod
+    def of_all(cls, values: Sequence[float]) -> Distribution:
+        """The distribution of at least one value."""
+        median, p95 = (float(np.quantile(values, q, method="inverted_cdf")) for q in (0.5, 0.95))
+        return cls(fmean(values), median, p95, max(values), sum(values), len(values))
+
+    @classmethod
+    def of_known(cls, values: Sequence[float | None]) -> Distribution | None:
+        """The same of the values that are known, which are then those counted in `of`; None if none is."""
+        known = [value for value in values if value is not None]
+        return cls.of_all(known) if known else None
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.2f}, median {self.median:g}, 95 % within {self.p95:g}, most {self.max:g}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One policy on one problem set."""
+
+    policies: dict[str, int]
+    """Trajectories by the name of the policy that made them."""
+    num_problems: int
+    num_scored: int
+    """Problems with at least one trajectory that is no fault: the denominator of `accuracy`."""
+    num_trajectories: int
     num_faults: int
-    """Environment faults: in no denominator here."""
-    tool_use_rate: float
-    """Share of trajectories that ran code."""
-    tool_error_rate: float
-    """Share of code blocks that ended in an error, a timeout or a dead interpreter."""
-    recovery_rate: float | None
-    """Of the trajectories with such a code block, the share that is correct; None without any."""
-    mean_turns: float
-    mean_action_tokens: float
+    """Environment faults: in no other denominator."""
+    faults: dict[str, int]
+    samples: dict[str, int]
+    """The fewest (`min`) and most (`max`) trajectories of a scored problem."""
+    accuracy: Score
+    by_level: dict[str, Score]
+    by_subject: dict[str, Score]
+    pass_at: dict[int, Score]
+    """Unbiased pass@k for k = 1, 2, 4, ... and the most samples, over problems with k samples; empty with one."""
+    majority_at: dict[int, Score]
+    """Chance that the vote of k samples is correct (`majority_at_k`), for the same k and problems."""
+    outcomes: dict[str, int]
+    """Every trajectory but faults under exactly one outcome."""
+    truncated: Rate
+    ungraded: Rate
+    no_answer: Rate
+    """These three may overlap, `outcomes` do not."""
+    tool_use: Rate
+    tool_errors: Rate
+    recovery: Rate
+    turns: Distribution
+    tool_calls: Distribution
+    action_tokens: Distribution | None
+    turns_histogram: dict[int, dict[str, int]]
+    seconds: dict[str, Distribution | None]
+    """Per trajectory, waiting for the engine (`generate`) and for the interpreter (`execute`)."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def table(self) -> str:
-        """The figures as lines of text."""
-        lines = [f"accuracy           {self.accuracy}  of {self.accuracy.num_problems} problems"]
-        groups = [("subject", self.by_subject), ("level", self.by_level)]
-        for title, group in groups:
-            lines += [f"  {title} {name:24} {a}  of {a.num_problems}" for name, a in group.items()]
-        lines += [f"pass@{k:<13} {value:6.1%}" for k, value in self.pass_at.items()]
-        if self.majority is not None:
-            lines.append(f"maj@{self.samples:<14} {self.majority:6.1%}")
-        lines.append("outcomes           " + ", ".join(f"{n} {name}" for name, n in self.outcomes.items()))
-        lines.append(f"environment faults {self.num_faults} (in no denominator)")
-        lines.append(f"used the tool      {self.tool_use_rate:6.1%} of trajectories")
-        lines.append(f"tool errors        {self.tool_error_rate:6.1%} of code blocks")
-        lines.append(
-            f"turns, tokens      {self.mean_turns:.2f}, {self.mean_action_tokens:.1f} per trajectory"
-        )
-        return "\n".join(lines)
+        """The figures as lines of text, each with its denominator."""
+        return "\n".join([*self._scores(), *self._counts()])
+
+    def _scores(self) -> list[str]:
+        fewest, most = self.samples["min"], self.samples["max"]
+        average = f"avg@{most}" if fewest == most else f"avg@{fewest} to {most}"
+        rows = [("accuracy" if most == 1 else f"pass@1 ({average})", self.accuracy)]
+        rows += [(f"  level {name}", score) for name, score in self.by_level.items()]
+        rows += [(f"  subject {name}", score) for name, score in self.by_subject.items()]
+        rows += [(f"pass@{k}", score) for k, score in self.pass_at.items() if k > 1]
+        rows += [(f"maj@{k}", score) for k, score in self.majority_at.items() if k > 1]
+        return [
+            f"{name:32} {score!s:24} {score.interval}, {score.num_problems:,} problems, "
+            f"{score.num_trajectories:,} trajectories"
+            for name, score in rows
+        ]
+
+    def _counts(self) -> list[str]:
+        counted = self.num_trajectories - self.num_faults
+        outcomes = ", ".join(f"{n:,} {name}" for name, n in self.outcomes.items())
+        rows: list[tuple[str, object]] = [
+            (
+                "without a trajectory",
+                f"{self.num_problems - self.num_scored:,} of {self.num_problems:,} problems, in no score",
+            ),
+            (
+                "environment faults",
+                f"{self.num_faults:,} of {self.num_trajectories:,} trajectories, in no score",
+            ),
+            (f"outcomes of {counted:,}", outcomes),
+            ("truncated", self.truncated),
+            ("ungraded", self.ungraded),
+            ("no answer", self.no_answer),
+            ("used the tool", self.tool_use),
+            ("tool errors", self.tool_errors),
+            ("correct after a tool error", self.recovery),
+            ("turns", self.turns),
+            ("tokens", self.action_tokens or "unknown"),
+            ("seconds generating", self.seconds["generate"] or "unknown"),
+            ("seconds executing", self.seconds["execute"] or "unknown"),
+        ]
+        return [f"{name:32} {value}" for name, value in rows]
 
 
 def evaluate(graded: Graded, problems: Sequence[Problem]) -> Evaluation:
@@ -89,46 +191,120 @@ def evaluate(graded: Graded, problems: Sequence[Problem]) -> Evaluation:
     Raises:
         InputError: there is no trajectory but faults, or one is of a problem that is not in the set.
     """
+    return summarize(predictions_of(graded, problems), problems)
+
+
+def summarize(predictions: Sequence[Prediction], problems: Sequence[Problem]) -> Evaluation:
+    """The same from predictions, each of which is of a problem of the set."""
     known = {problem.id: problem for problem in problems}
-    for trajectory, _ in graded:
-        if trajectory.problem_id not in known:
-            raise InputError(
-                f"a trajectory is of problem {trajectory.problem_id!r}, which is not in the problem set"
-            )
-    counted = [(t, g) for t, g in graded if t.stop_reason != StopReason.ENVIRONMENT_FAULT]
+    own = by_problem(predictions)
+    counted = [p for predictions in own.values() for p in predictions]
     if not counted:
-        raise InputError(f"nothing to evaluate: {len(graded)} trajectories, all of them environment faults")
-    correct, answers = _per_problem(counted)
-    samples = max(len(c) for c in correct.values())
-    fewest = min(len(c) for c in correct.values())
-    executions = [e for t, _ in counted for e in t.executions]
-    recovered = [g.verdict == "correct" for t, g in counted if any(e.is_error for e in t.executions)]
+        raise InputError(
+            f"nothing to evaluate: {len(predictions)} trajectories, all of them environment faults"
+        )
+    sizes = [len(predictions) for predictions in own.values()]
+    ks = _ks(max(sizes)) if max(sizes) > 1 else []
+    unit = "trajectories"
     return Evaluation(
-        accuracy=_accuracy(list(correct.values())),
-        by_subject=_grouped(correct, {i: known[i].subject for i in correct}),
-        by_level=_grouped(correct, {i: known[i].level for i in correct}),
-        samples=samples,
-        pass_at={k: _pass_at(correct, k) for k in _powers_of_two(fewest)} if samples > 1 else {},
-        majority=_majority(answers, known) / len(correct) if samples > 1 else None,
-        outcomes=dict(Counter(outcome(t, g) for t, g in counted).most_common()),
-        num_faults=len(graded) - len(counted),
-        tool_use_rate=fmean(bool(t.executions) for t, _ in counted),
-        tool_error_rate=fmean(e.is_error for e in executions) if executions else 0.0,
-        recovery_rate=fmean(recovered) if recovered else None,
-        mean_turns=fmean(t.num_turns for t, _ in counted),
-        mean_action_tokens=fmean(t.num_action_tokens for t, _ in counted),
+        policies=dict(Counter(p.policy for p in predictions).most_common()),
+        num_problems=len(problems),
+        num_scored=len(own),
+        num_trajectories=len(predictions),
+        num_faults=len(predictions) - len(counted),
+        faults=dict(Counter(p.fault for p in predictions if p.fault is not None).most_common()),
+        samples={"min": min(sizes), "max": max(sizes)},
+        accuracy=_accuracy(own),
+        by_level=_grouped(own, {i: known[i].level for i in own}),
+        by_subject=_grouped(own, {i: known[i].subject for i in own}),
+        pass_at={k: _score_at(k, own, _pass_at) for k in ks},
+        majority_at={k: _score_at(k, own, _majority_at) for k in ks},
+        outcomes=dict(Counter(p.outcome for p in counted).most_common()),
+        truncated=Rate.share([p.is_truncated for p in counted], unit),
+        ungraded=Rate.share([p.verdict == "ungraded" for p in counted], unit),
+        no_answer=Rate.share([p.answer is None for p in counted], unit),
+        tool_use=Rate.share([p.tool_calls > 0 for p in counted], unit),
+        tool_errors=Rate.count_of(
+            sum(p.tool_errors for p in counted), sum(p.tool_calls for p in counted), "code blocks"
+        ),
+        recovery=Rate.share(
+            [p.is_correct for p in counted if p.tool_errors], "trajectories with a tool error"
+        ),
+        turns=Distribution.of_all([p.turns for p in counted]),
+        tool_calls=Distribution.of_all([p.tool_calls for p in counted]),
+        action_tokens=Distribution.of_known([p.action_tokens for p in counted]),
+        turns_histogram=_histogram(counted),
+        seconds={
+            "generate": Distribution.of_known([p.generate_s for p in counted]),
+            "execute": Distribution.of_known([p.execute_s for p in counted]),
+        },
     )
 
 
-def outcome(trajectory: Trajectory, verdict: Grade) -> str:
-    """`correct`, or in a few words why not."""
-    if verdict.verdict == "correct" or trajectory.stop_reason == StopReason.ENVIRONMENT_FAULT:
-        return verdict.verdict if trajectory.fault is None else "environment fault"
-    if trajectory.stop_reason.is_truncated:
-        return f"truncated ({trajectory.stop_reason.value})"
-    if verdict.verdict == "ungraded":
-        return f"ungraded ({verdict.rule})"
-    return "no answer" if verdict.answer is None else "wrong answer"
+def metrics(
+    evaluation: Evaluation,
+    *,
+    grader: Mapping[str, Any],
+    contamination: Mapping[str, Any],
+    comparisons: Sequence[Mapping[str, Any]] = (),
+    sources: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `metrics.json` holds: the evaluation, how it was graded, and what was found beside it."""
+    return {
+        "schema": SCHEMA,
+        "grader": dict(grader),
+        **evaluation.to_json(),
+        "contamination": dict(contamination),
+        "comparisons": list(comparisons),
+        "sources": sources,
+    }
+
+
+def _accuracy(own: Mapping[str, Sequence[Prediction]]) -> Score:
+    values = [fmean(p.is_correct for p in predictions) for predictions in own.values()]
+    return Score.of(values, sum(map(len, own.values())))
+
+
+def _grouped(own: Mapping[str, Sequence[Prediction]], group_of: Mapping[str, str | None]) -> dict[str, Score]:
+    groups: defaultdict[str, dict[str, Sequence[Prediction]]] = defaultdict(dict)
+    for problem_id, predictions in own.items():
+        if (group := group_of[problem_id]) is not None:
+            groups[group][problem_id] = predictions
+    return {name: _accuracy(groups[name]) for name in sorted(groups)}
+
+
+def _ks(most: int) -> list[int]:
+    """1, 2, 4, ... below the most samples, and these."""
+    return [*(1 << i for i in range((most - 1).bit_length())), most]
+
+
+def _score_at(
+    k: int,
+    own: Mapping[str, Sequence[Prediction]],
+    value: Callable[[Sequence[Prediction], int], float],
+) -> Score:
+    """A figure about k samples, over the problems that have so many."""
+    enough = [predictions for predictions in own.values() if len(predictions) >= k]
+    return Score.of([value(predictions, k) for predictions in enough], sum(map(len, enough)))
+
+
+def _pass_at(predictions: Sequence[Prediction], k: int) -> float:
+    return pass_at_k(len(predictions), sum(p.is_correct for p in predictions), k)
+
+
+def _majority_at(predictions: Sequence[Prediction], k: int) -> float:
+    wrong = Counter(p.vote for p in predictions if p.vote is not None and not p.is_correct)
+    correct = sum(p.is_correct for p in predictions)
+    return majority_at_k(len(predictions), correct, sorted(wrong.values()), k)
+
+
+def _histogram(counted: Sequence[Prediction]) -> dict[int, dict[str, int]]:
+    """Turns taken -> how many trajectories took so many, and how many of these are correct."""
+    found: defaultdict[int, dict[str, int]] = defaultdict(lambda: {"trajectories": 0, "correct": 0})
+    for prediction in counted:
+        found[prediction.turns]["trajectories"] += 1
+        found[prediction.turns]["correct"] += prediction.is_correct
+    return dict(sorted(found.items()))
 
 
 def correct_by_problem(graded: Graded) -> dict[str, bool]:
@@ -139,7 +315,7 @@ def correct_by_problem(graded: Graded) -> dict[str, bool]:
     """
     found: dict[str, bool] = {}
     for trajectory, verdict in graded:
-        if trajectory.stop_reason == StopReason.ENVIRONMENT_FAULT:
+        if trajectory.fault is not None:
             continue
         if trajectory.problem_id in found:
             raise InputError(
@@ -147,48 +323,3 @@ def correct_by_problem(graded: Graded) -> dict[str, bool]:
             )
         found[trajectory.problem_id] = verdict.verdict == "correct"
     return found
-
-
-def _per_problem(counted: Graded) -> tuple[dict[str, list[bool]], dict[str, list[str]]]:
-    correct: defaultdict[str, list[bool]] = defaultdict(list)
-    answers: defaultdict[str, list[str]] = defaultdict(list)
-    for trajectory, verdict in sorted(counted, key=lambda pair: (pair[0].problem_id, pair[0].sample)):
-        correct[trajectory.problem_id].append(verdict.verdict == "correct")
-        if verdict.answer is not None:
-            answers[trajectory.problem_id].append(verdict.answer)
-    return dict(correct), dict(answers)
-
-
-def _accuracy(correct: Sequence[Sequence[bool]]) -> Accuracy:
-    means = [fmean(c) for c in correct]
-    if all(len(c) == 1 for c in correct):
-        low, high = wilson_interval(sum(c[0] for c in correct), len(correct))
-    else:
-        low, high = bootstrap_interval(means)
-    return Accuracy(fmean(means), low, high, len(means))
-
-
-def _grouped(correct: Mapping[str, list[bool]], group_of: Mapping[str, str | None]) -> dict[str, Accuracy]:
-    groups: defaultdict[str, list[list[bool]]] = defaultdict(list)
-    for problem_id, own in correct.items():
-        if (group := group_of[problem_id]) is not None:
-            groups[group].append(own)
-    return {name: _accuracy(groups[name]) for name in sorted(groups)}
-
-
-def _powers_of_two(limit: int) -> list[int]:
-    return [1 << i for i in range(limit.bit_length())]
-
-
-def _pass_at(correct: Mapping[str, list[bool]], k: int) -> float:
-    return fmean(pass_at_k(len(c), sum(c), k) for c in correct.values())
-
-
-def _majority(answers: Mapping[str, list[str]], known: Mapping[str, Problem]) -> int:
-    """How many problems have the right answer as their most common one."""
-    votes = {problem_id: majority_vote(own, _is_equal) for problem_id, own in answers.items()}
-    return sum(vote is not None and _is_equal(vote, known[i].answer) for i, vote in votes.items())
-
-
-def _is_equal(answer: str, gold: str) -> bool:
-    return grade(f"\\boxed{{{answer}}}", gold).verdict == "correct"

@@ -1,11 +1,13 @@
-"""Metrics of graded samples, with intervals: pass@k, majority vote, and a paired comparison of two models."""
+"""Metrics of graded samples, with intervals: pass@k, majority vote, and paired comparisons of two models."""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist
 from typing import NamedTuple, TypeVar
 
@@ -115,6 +117,45 @@ def majority_vote(
     return max(groups, key=lambda group: group[1])[0] if groups else None
 
 
+def majority_at_k(num_samples: int, num_correct: int, wrong_votes: Sequence[int], k: int) -> float:
+    """Chance that the vote of k of the samples, drawn without replacement, is for the correct answer.
+
+    Exact: a sum over the votes j that the correct answer gets, where no other answer may get more; of t others
+    that get j as well, a fair draw leaves 1 / (t + 1). At k = n it is the vote of all samples.
+
+    Args:
+        num_samples: n, also those without an answer, which have no vote.
+        num_correct: samples with the correct answer, in whatever spelling.
+        wrong_votes: for each other answer the number of samples that give it.
+
+    Raises:
+        InputError: not 1 <= k <= n, or more votes than samples.
+    """
+    if not 1 <= k <= num_samples:
+        raise InputError(f"maj@k needs 1 <= k <= {num_samples} samples, got k = {k}")
+    if num_correct + sum(wrong_votes) > num_samples:
+        raise InputError(f"{num_correct} + {sum(wrong_votes)} votes of {num_samples} samples")
+    ways: defaultdict[int, int] = defaultdict(int)  # by the number of other answers with as many votes
+    for j in range(1, min(num_correct, k) + 1):
+        rivals = [votes for votes in wrong_votes if votes >= j]
+        others = num_samples - num_correct - sum(rivals)  # too few to matter, or no votes at all
+        for (drawn, ties), count in _rival_draws(rivals, j, k - j).items():
+            ways[ties] += math.comb(num_correct, j) * count * math.comb(others, k - j - drawn)
+    return sum(count / ((ties + 1) * math.comb(num_samples, k)) for ties, count in ways.items())
+
+
+def _rival_draws(rivals: Sequence[int], j: int, limit: int) -> dict[tuple[int, int], int]:
+    """(samples drawn of the rivals, rivals with j of them) -> ways, where none has more than j, all at most `limit`."""
+    ways = {(0, 0): 1}
+    for votes in rivals:
+        longer: defaultdict[tuple[int, int], int] = defaultdict(int)
+        for (drawn, ties), count in ways.items():
+            for own in range(min(j, limit - drawn) + 1):
+                longer[drawn + own, ties + (own == j)] += count * math.comb(votes, own)
+        ways = dict(longer)
+    return ways
+
+
 def paired_test(
     a: Mapping[str, float] | Sequence[float], b: Mapping[str, float] | Sequence[float]
 ) -> PairedTest:
@@ -140,6 +181,56 @@ def paired_test(
         term = term * (discordant - i) // (i + 1)
         tail += term
     return PairedTest(improved, worsened, z, min(1.0, 2 * tail / 2**discordant))
+
+
+GRID = 240
+"""Finest unit of a mean in `permutation_test`, 1/240: exact for 15 and 16 samples side by side, and for any one number
+of samples up to 240; beyond that, means are rounded to it."""
+
+
+def permutation_test(
+    a: Mapping[str, float] | Sequence[float], b: Mapping[str, float] | Sequence[float]
+) -> float:
+    """Two-sided p of the exact paired permutation test: how often the mean difference would be as large if, on every
+    problem by itself, it were a coin's toss which model has which result.
+
+    All 2^n assignments count, by a recurrence over the sums that they can reach; nothing is drawn. For outcomes of
+    0 and 1 this is the exact McNemar test.
+
+    Args:
+        a: the mean over the samples of each problem, as in `paired_test`.
+        b: the same problems.
+
+    Raises:
+        InputError: the problems differ, there is none, or a value is outside [0, 1].
+    """
+    pairs = _paired(a, b)
+    if outside := [x for pair in pairs for x in pair if not 0 <= x <= 1]:
+        raise InputError(f"a permutation test needs means between 0 and 1, got {outside[0]!r}")
+    denominators = {Fraction(x).limit_denominator(GRID).denominator for pair in pairs for x in pair}
+    unit = min(math.lcm(*denominators), GRID)
+    steps = [round(after * unit) - round(before * unit) for before, after in pairs]
+    sizes = sorted(abs(step) for step in steps if step)
+    chances = np.zeros(
+        sum(sizes) + 1
+    )  # chances[s]: that the differences that fall out in favour of b sum to s
+    chances[0], top = 1.0, 1
+    for size in sizes:
+        chances[:top] /= 2
+        chances[size : top + size] += chances[:top].copy()
+        top += size
+    sums = 2 * np.arange(len(chances)) - sum(sizes)
+    return min(1.0, float(chances[np.abs(sums) >= abs(sum(steps))].sum()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for the number of tests, in order (Holm 1979): no more than a 5 % chance of even one
+    false finding when those below 0.05 are called findings."""
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
 
 
 def _paired(

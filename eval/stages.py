@@ -32,8 +32,8 @@ class Stage:
             "sampled": self.sampled.accuracy.value if self.sampled else None,
             "sampled_ci": [self.sampled.accuracy.low, self.sampled.accuracy.high] if self.sampled else None,
             "num_problems": accuracy.num_problems,
-            "tool_use_rate": self.greedy.tool_use_rate,
-            "tool_error_rate": self.greedy.tool_error_rate,
+            "tool_use_rate": self.greedy.tool_use.value,
+            "tool_error_rate": self.greedy.tool_errors.value or 0.0,
             "by_subject": {name: a.value for name, a in self.greedy.by_subject.items()},
             "training": dict(self.training),
         }
@@ -45,13 +45,14 @@ def stages_table(stages: Sequence[Stage], test: PairedTest) -> str:
         f"{'':12} {'greedy':24} {'sampled, T = 1':24} {'tool use':>8} {'errors':>7}  {'log-ratio +/-':>13}"
     ]
     for stage in stages:
+        tool_errors = stage.greedy.tool_errors.value or 0.0
         ratios = [
             f"{stage.training[name]:+.2f}" for names in RATIOS for name in names if name in stage.training
         ]
         lines.append(
             f"{stage.name:12} {stage.greedy.accuracy!s:24} "
             f"{str(stage.sampled.accuracy) if stage.sampled else '-':24} "
-            f"{stage.greedy.tool_use_rate:8.1%} {stage.greedy.tool_error_rate:7.1%}  {' / '.join(ratios) or '-':>13}"
+            f"{stage.greedy.tool_use.value:8.1%} {tool_errors:7.1%}  {' / '.join(ratios) or '-':>13}"
         )
     subjects = sorted(stages[0].greedy.by_subject)
     if len(subjects) > 1:

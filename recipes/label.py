@@ -10,8 +10,6 @@ sft.jsonl) holds the rows, OUT/grades.jsonl the verdict on every trajectory and 
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from data.imports import read_foreign
+from data.imports import import_file
 from data.labels import LabelCounts, make_binary, make_pairs, make_sft
 from data.problems import read_problems
 from data.trajectories import read_trajectories
@@ -30,8 +28,6 @@ from mtpo.grader import STRICT, WORKERS, Grade, GradingOptions, shared_grader
 from mtpo.models import load_tokenizer
 from mtpo.runs import RunFolder, write_jsonl
 from mtpo.trajectory import Problem, Trajectory
-
-logger = logging.getLogger(__name__)
 
 Kind = Literal["pairs", "binary", "sft"]
 Graded = list[tuple[Trajectory, Grade]]
@@ -115,21 +111,8 @@ def read_source(source: str, tokenizer: str | None) -> tuple[list[Problem], list
             f"--trajectories {path} is not a folder of recipes.generate; a file of others needs --tokenizer"
         )
     chat = ChatFormat.for_tokenizer(load_tokenizer(tokenizer))
-    problems: dict[str, Problem] = {}
-    samples: Counter[str] = Counter()
-    trajectories, refused = [], []
-    for foreign in tqdm(read_foreign(path), desc="importing", unit="traj", delay=2):
-        problem = problems.setdefault(foreign.problem.id, foreign.problem)
-        names: dict[str, Any] = {"sample": samples[problem.id], "metadata": foreign.metadata}
-        try:
-            trajectories.append(chat.import_trajectory(problem, foreign.messages, **names))
-            samples[problem.id] += 1
-        except InputError as error:
-            logger.warning("left out: %s, a trajectory of problem %s: %s", path, problem.id, error)
-            refused.append(error)
-    if refused and not trajectories:
-        raise InputError(f"{path}: none of its {len(refused)} trajectories can be imported: {refused[0]}")
-    return list(problems.values()), trajectories
+    imported = import_file(path, chat)
+    return imported.problems, imported.trajectories
 
 
 def grade_trajectories(

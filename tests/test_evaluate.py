@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from eval.evaluate import correct_by_problem, evaluate, outcome
+from eval.evaluate import correct_by_problem, evaluate, metrics
 from mtpo.errors import InputError
 from mtpo.grader import Grade
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
@@ -53,11 +55,31 @@ def test_samples_give_pass_at_k_and_the_majority() -> None:
     grades = {0: [CORRECT, WRONG, WRONG, CORRECT], 1: [WRONG] * 4}
     graded = [(trajectory(p, s), g) for p, own in grades.items() for s, g in enumerate(own)]
     result = evaluate(graded, PROBLEMS)
-    assert result.accuracy.value == pytest.approx(0.25)
-    assert result.pass_at == pytest.approx(
+    assert (result.accuracy.value, result.accuracy.num_trajectories) == (pytest.approx(0.25), 8)
+    assert {k: score.value for k, score in result.pass_at.items()} == pytest.approx(
         {1: 0.25, 2: 5 / 12, 4: 0.5}
     )  # 1 - C(2, 2) / C(4, 2) = 5/6 of one in two
-    assert result.majority == pytest.approx(0.5)  # 1 and 9 tie twice each: the first seen, 1, is right
+    assert {k: score.value for k, score in result.majority_at.items()} == pytest.approx(
+        {1: 0.25, 2: 0.25, 4: 0.25}
+    )  # problem 0: two against two, whatever is drawn; a fair draw decides
+    assert result.pass_at[4].interval == "wilson" and result.accuracy.interval == "bootstrap"
+
+
+def test_a_fault_takes_pass_at_k_from_its_own_problem_only() -> None:
+    graded = [(trajectory(p, s), CORRECT) for p in (0, 1) for s in range(4)]
+    graded[7] = (trajectory(1, 3, reason=StopReason.ENVIRONMENT_FAULT), NO_ANSWER)
+    result = evaluate(graded, PROBLEMS)
+    assert {k: score.num_problems for k, score in result.pass_at.items()} == {1: 2, 2: 2, 4: 1}
+    assert (result.samples, result.num_scored, result.num_problems) == ({"min": 3, "max": 4}, 2, 3)
+    assert result.faults == {"EngineError: gone": 1}
+
+
+def test_interval_of_many_samples_is_over_problems_and_not_over_samples() -> None:
+    problems = [Problem(f"p/{i}", "?", "1") for i in range(10)]
+    once = [(trajectory(i), CORRECT if i < 8 else WRONG) for i in range(10)]
+    often = [(trajectory(i, s), CORRECT if i < 8 else WRONG) for i in range(10) for s in range(16)]
+    narrow, wide = evaluate(often, problems).accuracy, evaluate(once, problems).accuracy
+    assert (narrow.low, narrow.high) == (wide.low, wide.high)  # 16 equal samples tell no more than one
 
 
 def test_accuracy_is_told_by_subject_and_level() -> None:
@@ -79,17 +101,13 @@ def test_tool_figures() -> None:
         ],
         PROBLEMS,
     )
-    assert result.tool_use_rate == pytest.approx(2 / 3)
-    assert result.tool_error_rate == pytest.approx(2 / 3)
-    assert result.recovery_rate == pytest.approx(1 / 2)
-    assert result.mean_action_tokens == pytest.approx(8 / 3)
+    assert (result.tool_use.count, result.tool_use.of) == (2, 3)
+    assert (result.tool_errors.count, result.tool_errors.of) == (2, 3)
+    assert (result.recovery.count, result.recovery.of, result.recovery.value) == (1, 2, 0.5)
+    assert result.action_tokens is not None and result.action_tokens.mean == pytest.approx(8 / 3)
+    assert result.seconds == {"generate": None, "execute": None}  # nobody measured any
     assert "1 wrong answer" in result.table()
-
-
-def test_outcome_says_why_a_trajectory_is_not_correct() -> None:
-    assert outcome(trajectory(0), WRONG) == "wrong answer"
-    assert outcome(trajectory(0, reason=StopReason.NO_CODE), NO_ANSWER) == "no answer"
-    assert outcome(trajectory(0, reason=StopReason.ENVIRONMENT_FAULT), NO_ANSWER) == "environment fault"
+    assert "66.7%  2 of 3 code blocks" in result.table()
 
 
 def test_paired_outcomes_leave_faults_out_and_refuse_several_samples() -> None:
@@ -105,3 +123,24 @@ def test_nothing_to_evaluate_is_an_error() -> None:
         evaluate([(fault, NO_ANSWER)], PROBLEMS)
     with pytest.raises(InputError, match="not in the problem set"):
         evaluate([(trajectory(0), CORRECT)], PROBLEMS[1:])
+
+
+def test_truncated_and_ungraded_are_rates_with_their_denominators() -> None:
+    graded = [
+        (trajectory(0), CORRECT),
+        (trajectory(1, reason=StopReason.TOKEN_LIMIT), UNGRADED),
+        (trajectory(2, reason=StopReason.ENVIRONMENT_FAULT), NO_ANSWER),
+    ]
+    result = evaluate(graded, PROBLEMS)
+    assert (result.truncated.count, result.ungraded.count, result.no_answer.count) == (1, 1, 0)
+    assert {r.of for r in (result.truncated, result.ungraded, result.no_answer)} == {2}
+    assert result.outcomes == {"correct": 1, "truncated (token_limit)": 1}
+
+
+def test_metrics_are_json_with_a_version_and_every_part() -> None:
+    result = evaluate([(trajectory(0), CORRECT)], PROBLEMS)
+    row = json.loads(json.dumps(metrics(result, grader={"a": 1}, contamination={"n": 13})))
+    assert (row["schema"], row["grader"], row["contamination"]) == (1, {"a": 1}, {"n": 13})
+    assert (row["comparisons"], row["sources"]) == ([], None)
+    assert row["recovery"] == {"value": None, "count": 0, "of": 0, "unit": "trajectories with a tool error"}
+    assert row["turns_histogram"] == {"1": {"trajectories": 1, "correct": 1}}

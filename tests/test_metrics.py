@@ -4,7 +4,16 @@ import random
 
 import pytest
 
-from eval.metrics import bootstrap_interval, majority_vote, paired_test, pass_at_k, wilson_interval
+from eval.metrics import (
+    bootstrap_interval,
+    holm,
+    majority_at_k,
+    majority_vote,
+    paired_test,
+    pass_at_k,
+    permutation_test,
+    wilson_interval,
+)
 from mtpo.errors import InputError
 
 
@@ -78,6 +87,31 @@ def test_majority_vote_counts_equal_answers_and_breaks_ties_by_order() -> None:
     assert majority_vote(answers, lambda x, y: as_numbers[x] == as_numbers[y]) == "0.5"
 
 
+@pytest.mark.parametrize(
+    ("answers", "k"),
+    [("ccww", 4), ("ccwwx", 3), ("cwxyz-", 4), ("cccwwwxx-", 5), ("ccwwxx--", 6), ("www", 2), ("cc-", 1)],
+)
+def test_majority_at_k_is_the_mean_vote_over_all_subsets(answers: str, k: int) -> None:
+    def chance(subset: tuple[str, ...]) -> float:
+        votes = {answer: subset.count(answer) for answer in subset if answer != "-"}  # "-" has no vote
+        winners = [answer for answer in votes if votes[answer] == max(votes.values())]
+        return ("c" in winners) / len(winners) if winners else 0.0
+
+    subsets = list(itertools.combinations(answers, k))
+    wrong = [answers.count(answer) for answer in sorted(set(answers) - {"c", "-"})]
+    expected = sum(map(chance, subsets)) / len(subsets)
+    assert majority_at_k(len(answers), answers.count("c"), wrong, k) == pytest.approx(expected)
+
+
+def test_majority_at_k_is_certain_where_all_agree_and_refuses_impossible_counts() -> None:
+    assert majority_at_k(64, 64, [], 32) == 1.0
+    assert majority_at_k(64, 0, [64], 32) == 0.0
+    with pytest.raises(InputError, match="got k = 5"):
+        majority_at_k(4, 2, [], 5)
+    with pytest.raises(InputError, match=r"3 \+ 2 votes of 4 samples"):
+        majority_at_k(4, 3, [2], 1)
+
+
 def outcomes(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[int], list[int]]:
     return (
         [1] * both + [1] * only_a + [0] * only_b + [0] * neither,
@@ -123,3 +157,42 @@ def test_paired_test_refuses_what_is_not_paired() -> None:
         paired_test([1], [0.5])
     with pytest.raises(InputError, match="at least one problem"):
         paired_test([], [])
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([0.5, 0.25, 0.75, 1, 0], [1, 0.75, 0.75, 0.5, 1]),
+        ([0, 1 / 3, 1, 2 / 3], [0.5, 1, 1, 0.5]),
+        ([0.2, 0.2], [0.2, 0.2]),
+    ],
+)
+def test_permutation_test_counts_all_swaps_of_the_two_results(a: list[float], b: list[float]) -> None:
+    differences = [after - before for before, after in zip(a, b, strict=True)]
+    swaps = list(itertools.product([1, -1], repeat=len(a)))
+    sums = [sum(sign * d for sign, d in zip(signs, differences, strict=True)) for signs in swaps]
+    as_large = sum(abs(s) >= abs(sum(differences)) - 1e-12 for s in sums)
+    assert permutation_test(a, b) == pytest.approx(as_large / len(swaps))
+
+
+@pytest.mark.parametrize(("worsened", "improved"), [(0, 0), (1, 8), (40, 70), (2, 2)])
+def test_permutation_test_of_single_outcomes_is_mcnemars(worsened: int, improved: int) -> None:
+    a, b = outcomes(4, worsened, improved, 3)
+    assert permutation_test(a, b) == pytest.approx(paired_test(a, b).p, rel=1e-9)
+
+
+def test_permutation_test_approaches_the_normal_for_many_samples() -> None:
+    rng = random.Random(1)
+    a = [rng.randint(0, 15) / 15 for _ in range(600)]
+    b = [rng.randint(1, 16) / 16 for _ in range(600)]
+    differences = [after - before for before, after in zip(a, b, strict=True)]
+    z = sum(differences) / math.sqrt(sum(d * d for d in differences))
+    assert permutation_test(a, b) == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), rel=0.02)
+    with pytest.raises(InputError, match=r"between 0 and 1, got 1\.5"):
+        permutation_test([1.5], [1])
+
+
+def test_holm_multiplies_the_smallest_p_by_the_number_of_tests_and_keeps_the_order() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])  # 3 * 0.01, 2 * 0.03, then no less
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
