@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Container, Iterable, Seque
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self
 
+from mtpo.branching import Branching, BranchingTree
 from mtpo.chat import ChatFormat, answer_of, code_to_run
 from mtpo.errors import EngineError, EnvironmentFault, InputError, SandboxError
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
@@ -140,20 +141,6 @@ class RolloutLimits:
     """Wall seconds after which a trajectory takes no further turn; None sets no limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Branching:
-    """Trajectories that share their first turns, so that pairs differ from one turn on."""
-
-    turn: int
-    """The first turn of the model, counted from 0, that each continuation samples for itself."""
-    width: int
-    """Continuations of one beginning, the first included."""
-
-    def __post_init__(self) -> None:
-        if self.turn < 1 or self.width < 2:
-            raise InputError(f"branching needs a turn of 1 or more and a width of 2 or more, got {self}")
-
-
 async def rollout(
     engine: Engine,
     interpreter: Interpreter,
@@ -170,7 +157,7 @@ async def rollout(
     iteration: int = 0,
     skip: Container[tuple[str, int]] = frozenset(),
     max_in_flight: int = 64,
-    branching: Branching | None = None,
+    branching: Branching | Sequence[Branching] = (),
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[Trajectory, None]:
     """Sample `samples` trajectories of each problem, yielding each as soon as it is finished.
@@ -185,24 +172,28 @@ async def rollout(
         seed: with the problem, sample and turn it fixes every draw.
         system: instructions for the model, in the family's system turn or before the question: `ChatFormat.prompt`.
         branching: each block of `width` samples shares the turns before `turn`, and the interpreter's state
-            then. A block whose first sample ends earlier is sampled independently.
+            then. Several, of increasing turns, make a tree: every continuation of one branches again at the
+            next, and a block is the product of the widths. A sample whose beginning ends before its own
+            turns parts one branching earlier, at last at the start.
         is_stopping: once it says yes, nothing new is started, and what is in flight is finished.
 
     Raises:
-        InputError: `samples` or `first_sample` is no multiple of the width of `branching`.
+        InputError: `samples` or `first_sample` is no multiple of the width of `branching`, or its turns do not
+            increase.
     """
-    width = branching.width if branching else 1
+    tree = BranchingTree((branching,) if isinstance(branching, Branching) else tuple(branching))
+    width = tree.width
     if samples % width or first_sample % width:
         raise InputError(
             f"samples ({samples}, from {first_sample}) must be a multiple of the branching width {width}"
         )
     blocks = (
-        (problem, root, wanted)
+        (problem, wanted)
         for problem in problems
         for root in range(first_sample, first_sample + samples, width)
         if (wanted := [s for s in range(root, root + width) if (problem.id, s) not in skip])
     )
-    player = _Player(engine, interpreter, chat, decoding, limits, seed, system, policy, iteration, branching)
+    player = _Player(engine, interpreter, chat, decoding, limits, seed, system, policy, iteration, tree)
     running: set[asyncio.Task[list[Trajectory]]] = set()
     try:
         while True:
@@ -235,6 +226,7 @@ class _Tape:
     segments: list[Segment]
     executions: list[Execution] = field(default_factory=list)
     is_from_text: bool = False
+    fault: str | None = None
     generate_s: float = 0.0
     execute_s: float = 0.0
     started_at: float = field(default_factory=time.monotonic)
@@ -254,6 +246,10 @@ class _Tape:
     def num_action_tokens(self) -> int:
         return sum(len(s.ids) for s in self.segments if s.kind == "action")
 
+    def is_own(self, own_from: int) -> bool:
+        """Whether it got as far as the turn from which on its sample draws for itself."""
+        return own_from == 0 or self.num_turns > own_from
+
 
 @dataclass(frozen=True)
 class _Player:
@@ -266,74 +262,81 @@ class _Player:
     system: str | None
     policy: str
     iteration: int
-    branching: Branching | None
+    tree: BranchingTree
 
-    async def play_block(self, problem: Problem, root: int, wanted: Sequence[int]) -> list[Trajectory]:
-        """The `wanted` samples among those that share the beginning of sample `root`."""
-        if self.branching is None or len(wanted) == 1:
-            return list(await asyncio.gather(*(self.play(problem, sample, root) for sample in wanted)))
+    async def play_block(self, problem: Problem, wanted: Sequence[int]) -> list[Trajectory]:
+        """The `wanted` samples of one block, in ascending order."""
         found: dict[int, Trajectory] = {}
-        copies: dict[int, asyncio.Task[Trajectory]] = {}
-        tape = self._begin(problem)
-        try:
-            with contextlib.suppress(EnvironmentFault):
-                async with self.interpreter.session() as session:
-                    reason = await self._fill(tape, session, problem, root, root, until=self.branching.turn)
-                    if reason is not None and root in wanted:
-                        found[root] = self._trajectory(tape, problem, root, reason)
-                    for sample in wanted if reason is None else ():
-                        play = self._play_copy(tape.copy(), await session.fork(), problem, sample, root)
-                        copies[sample] = asyncio.create_task(play)
-            played = await asyncio.gather(*copies.values(), return_exceptions=True)
-        except BaseException:
-            for task in copies.values():
-                task.cancel()
-            await asyncio.gather(*copies.values(), return_exceptions=True)
-            raise
-        for sample, result in zip(copies, played, strict=True):
-            if isinstance(result, Trajectory):
-                found[sample] = result
-            elif not isinstance(result, EnvironmentFault):
-                raise result
-        # A fault, or a want of kernels to fork into: from the beginning, each for itself and with its retries.
+        if len(wanted) > 1:
+            await self._grow(self._begin(problem), self.interpreter.session(), problem, wanted, found)
+        # A fault, a want of kernels to fork into, or a beginning that ended too early: from the start, each for
+        # itself and with its retries.
         missing = [sample for sample in wanted if sample not in found]
-        again = await asyncio.gather(*(self.play(problem, sample, root) for sample in missing))
+        again = await asyncio.gather(*(self.play(problem, sample) for sample in missing))
         found |= dict(zip(missing, again, strict=True))
         return [found[sample] for sample in wanted]
 
-    async def _play_copy(
-        self, tape: _Tape, session: InterpreterSession, problem: Problem, sample: int, root: int
-    ) -> Trajectory:
-        """Go on from a state that others go on from too."""
-        async with session:
-            reason = await self._fill(tape, session, problem, sample, root)
-        assert reason is not None
-        return self._trajectory(tape, problem, sample, reason, root=root)
+    async def _grow(
+        self,
+        tape: _Tape,
+        session: InterpreterSession,
+        problem: Problem,
+        samples: Sequence[int],
+        found: dict[int, Trajectory],
+    ) -> None:
+        """Go on from a state that the samples share, and from where they part with a copy for each part.
+
+        What is played to its end is put into `found`; a fault of the environment leaves its samples out.
+        """
+        first, parting = samples[0], self.tree.parting_turn(samples)
+        own_from = self.tree.first_own_turns(first)[0]
+        copies: list[asyncio.Task[None]] = []
+        try:
+            with contextlib.suppress(EnvironmentFault):
+                async with session:
+                    reason = await self._fill(tape, session, problem, first, own_from, until=parting)
+                    if reason is not None:
+                        if tape.is_own(own_from):
+                            found[first] = self._trajectory(tape, problem, first, own_from, reason)
+                        return
+                    assert parting is not None
+                    for _, part in itertools.groupby(samples, lambda s: self.tree.owner(s, parting)):
+                        grow = self._grow(tape.copy(), await session.fork(), problem, list(part), found)
+                        copies.append(asyncio.create_task(grow))
+            await asyncio.gather(*copies)
+        except BaseException:
+            for task in copies:
+                task.cancel()
+            await asyncio.gather(*copies, return_exceptions=True)
+            raise
 
     def _begin(self, problem: Problem) -> _Tape:
         return _Tape([self.chat.prompt(problem.question, system=self.system)])
 
-    async def play(self, problem: Problem, sample: int, root: int) -> Trajectory:
-        """One trajectory. A fault starts it again from the beginning, and is recorded when it persists.
+    async def play(self, problem: Problem, sample: int) -> Trajectory:
+        """One trajectory from the start, with the draws of others in the turns that it shares with them."""
+        for own_from in self.tree.first_own_turns(sample):
+            tape, reason = await self._play_with_retries(problem, sample, own_from)
+            if tape.fault is not None or tape.is_own(own_from):  # else it is another sample all over again
+                return self._trajectory(tape, problem, sample, own_from, reason)
+        raise AssertionError("unreachable: from turn 0 on all is its own")
 
-        Args:
-            root: the sample whose draws it repeats in the turns before the branching; itself if none.
-        """
+    async def _play_with_retries(
+        self, problem: Problem, sample: int, own_from: int
+    ) -> tuple[_Tape, StopReason]:
+        """Play from the start; again if a fault comes between, and record it when it persists."""
         for retries_left in reversed(range(self.limits.max_retries + 1)):
             tape = self._begin(problem)
-            reason, fault = None, None
             try:
                 async with self.interpreter.session() as session:
-                    reason = await self._fill(tape, session, problem, sample, root)
+                    reason = await self._fill(tape, session, problem, sample, own_from)
+                assert reason is not None
+                return tape, reason
             except EnvironmentFault as error:
                 logger.warning("%s sample %d: %s (%d retries left)", problem.id, sample, error, retries_left)
-                reason, fault = StopReason.ENVIRONMENT_FAULT, f"{type(error).__name__}: {error}"
-            if fault is None or not retries_left:
-                assert reason is not None
-                trajectory = self._trajectory(tape, problem, sample, reason, fault, root)
-                if trajectory.parent is None and root != sample and fault is None:
-                    return await self.play(problem, sample, sample)  # so far it is its root all over again
-                return trajectory
+                if not retries_left:
+                    tape.fault = f"{type(error).__name__}: {error}"
+                    return tape, StopReason.ENVIRONMENT_FAULT
         raise AssertionError("unreachable: max_retries is not negative")
 
     async def _fill(
@@ -342,15 +345,17 @@ class _Player:
         session: InterpreterSession,
         problem: Problem,
         sample: int,
-        root: int,
+        own_from: int,
         until: int | None = None,
     ) -> StopReason | None:
         """Take turns, from where the tape ends.
 
+        Args:
+            own_from: the first turn that the sample draws for itself; before it the tree says who draws.
+
         Returns:
             Why the trajectory ended; None when turn `until` is the next.
         """
-        own_from = self.branching.turn if self.branching else 0
         name = f"{problem.id}/{sample}"
         try:
             for turn in range(len(tape.segments) // 2, self.limits.max_turns):
@@ -358,7 +363,8 @@ class _Player:
                     return None
                 if self._is_late(tape):
                     return StopReason.TIME_LIMIT
-                seed = turn_seed(self.seed, problem.id, sample if turn >= own_from else root, turn)
+                owner = sample if turn >= own_from else self.tree.owner(sample, turn)
+                seed = turn_seed(self.seed, problem.id, owner, turn)
                 reason = await self._act(tape, seed, name)
                 if reason is not None:
                     return reason
@@ -436,12 +442,10 @@ class _Player:
         tape: _Tape,
         problem: Problem,
         sample: int,
+        own_from: int,
         reason: StopReason,
-        fault: str | None = None,
-        root: int | None = None,
     ) -> Trajectory:
-        branch = self.branching
-        has_branched = branch and root not in (None, sample) and tape.num_turns > branch.turn
+        has_branched = own_from > 0 and tape.is_own(own_from)
         segments = tape.segments
         if segments[-1].kind == "observation":  # a fault, or a limit, came before the action that answers it
             segments = segments[:-1]
@@ -458,8 +462,8 @@ class _Player:
             seed=self.seed,
             generate_s=round(tape.generate_s, 4),
             execute_s=round(tape.execute_s, 4),
-            fault=fault,
+            fault=tape.fault,
             is_from_text=tape.is_from_text,
-            parent=root if has_branched else None,
-            branch_turn=branch.turn if branch and has_branched else None,
+            parent=self.tree.owner(sample, own_from - 1) if has_branched else None,
+            branch_turn=own_from if has_branched else None,
         )

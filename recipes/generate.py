@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from data.problems import load_problems, write_problems
 from data.trajectories import Journal, summarize
+from mtpo.branching import Branching, BranchingTree
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
 from mtpo.grader import grade
-from mtpo.rollout import Branching, Decoding, RolloutLimits, rollout
+from mtpo.rollout import Decoding, RolloutLimits, rollout
 from mtpo.runs import RunFolder
 from mtpo.trajectory import Problem, Trajectory
 from recipes.engines import EngineOptions, Sampler
@@ -75,23 +76,33 @@ class SamplingOptions(EngineOptions):
     )
     max_in_flight: int = field(default=64, metadata={"help": "trajectories under way at once"})
 
-    branch_turn: int = field(
-        default=0,
-        metadata={"help": "turn, from 0, at which blocks of samples part; 0 samples each from the start"},
+    branch_turn: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "turn, from 0, at which blocks of samples part; each part parts again at a further turn"
+        },
     )
-    branch_width: int = field(default=2, metadata={"help": "samples of a block, with --branch_turn"})
+    branch_width: list[int] = field(
+        default_factory=lambda: [2],
+        metadata={"help": "parts of a block, with --branch_turn; one for all turns, or one each"},
+    )
+    system: str | None = field(
+        default=None, metadata={"help": "instructions for the model, before the question"}
+    )
     max_seconds: float | None = field(
         default=None, metadata={"help": "wall seconds after which a trajectory takes no further turn"}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.branch_turn and self.samples % self.branch_width:
-            raise InputError(
-                f"--samples ({self.samples}) must be a multiple of --branch_width ({self.branch_width})"
-            )
-        if not self.branch_turn and self.branch_width != 2:
+        for name in ("branch_turn", "branch_width"):  # a YAML file may hold anything
+            if not isinstance(getattr(self, name), list):
+                raise InputError(f"--{name} must be a list, as [1], got {getattr(self, name)!r}")
+        if not self.branch_turn and self.branch_width != [2]:
             raise InputError("--branch_width has no effect without --branch_turn")
+        if self.samples % BranchingTree(self.branching).width:
+            widths = " x ".join(str(branching.width) for branching in self.branching)
+            raise InputError(f"--samples ({self.samples}) must be a multiple of --branch_width ({widths})")
         for name in ("samples", "max_turns", "max_turn_tokens", "kernels", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -126,8 +137,13 @@ class SamplingOptions(EngineOptions):
         )
 
     @property
-    def branching(self) -> Branching | None:
-        return Branching(self.branch_turn, self.branch_width) if self.branch_turn else None
+    def branching(self) -> tuple[Branching, ...]:
+        turns, widths = self.branch_turn, self.branch_width
+        if len(widths) not in (1, len(turns)):
+            raise InputError(
+                f"--branch_width must be one number, or one for each --branch_turn, got {widths}"
+            )
+        return tuple(map(Branching, turns, widths if len(widths) == len(turns) else widths * len(turns)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +244,7 @@ async def _sample(
                     problems,
                     decoding=options.decoding,
                     limits=options.limits,
+                    system=options.system,
                     skip=journal.done(),
                     max_in_flight=options.max_in_flight,
                     branching=options.branching,

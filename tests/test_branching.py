@@ -1,12 +1,16 @@
 """Rollouts whose trajectories part at a chosen turn, with the real interpreter."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 import pytest_asyncio
 
+from data.labels import make_pairs
+from mtpo.branching import Branching
 from mtpo.errors import InputError, SandboxError
-from mtpo.rollout import Branching, Generation, RolloutLimits, Sampling, rollout
+from mtpo.grader import Grade
+from mtpo.rollout import Generation, Interpreter, RolloutLimits, Sampling, rollout
 from mtpo.trajectory import Problem, StopReason, Trajectory
 from sandbox import InterpreterPool
 from sandbox.session import Session
@@ -14,6 +18,10 @@ from tests.scripted import ScriptedEngine, ScriptedInterpreter, gemma_chat
 
 PROBLEMS = [Problem(f"set/{i}", "Which number?", "1") for i in range(2)]
 BRANCHING = Branching(turn=2, width=3)
+NESTED = (Branching(turn=1, width=2), Branching(turn=3, width=2))
+"""Samples 0 to 3 part into 0, 1 and 2, 3 at turn 1, and these into single ones at turn 3."""
+SEED = 2
+"""Samples that part never draw the same digit there."""
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -42,8 +50,16 @@ async def pool() -> AsyncIterator[InterpreterPool]:
         yield pool
 
 
-async def grow(engine: DigitEngine, interpreter, **options) -> dict[tuple[str, int], Trajectory]:
-    found = rollout(engine, interpreter, engine.chat, PROBLEMS, samples=6, branching=BRANCHING, **options)
+async def grow(
+    engine: DigitEngine,
+    interpreter: Interpreter,
+    branching: Branching | Sequence[Branching] = BRANCHING,
+    samples: int = 6,
+    **options,
+) -> dict[tuple[str, int], Trajectory]:
+    found = rollout(
+        engine, interpreter, engine.chat, PROBLEMS, samples=samples, branching=branching, **options
+    )
     return {(t.problem_id, t.sample): t async for t in found}
 
 
@@ -88,6 +104,72 @@ async def test_a_beginning_that_ends_too_early_is_sampled_anew(pool: Interpreter
     assert len({str(actions(t)) for (problem, _), t in found.items() if problem == "set/0"}) > 1
 
 
+def ids_before(trajectory: Trajectory, turn: int) -> list[int]:
+    """All that the model had read and written when the turn began."""
+    return [i for segment in trajectory.segments[: 1 + 2 * turn] for i in segment.ids]
+
+
+async def test_branches_branch_again_with_the_ids_and_the_state_of_their_parent(
+    pool: InterpreterPool,
+) -> None:
+    engine = DigitEngine()
+    found = await grow(engine, pool, NESTED, samples=4, seed=SEED)
+    parents = {0: (None, None), 1: (0, 3), 2: (0, 1), 3: (2, 3)}
+    for (problem, sample), trajectory in found.items():
+        assert (trajectory.parent, trajectory.branch_turn) == parents[sample]
+        assert trajectory.executions[-1].text == digits(trajectory)  # nothing of any other branch
+        if sample:
+            parent, turn = parents[sample]
+            assert ids_before(trajectory, turn) == ids_before(found[problem, parent], turn)
+    for problem in PROBLEMS:  # the digits of turns 1 and 2, and the last one, were drawn apart
+        numbers = [digits(found[problem.id, sample]) for sample in range(4)]
+        assert numbers[0][:3] == numbers[1][:3] != numbers[2][:3] == numbers[3][:3]
+    assert len({digits(trajectory) for trajectory in found.values()}) == 8
+    assert len(engine.calls) == 2 * (1 + 2 * 2 + 4 * 2)  # a problem: turn 0, turns 1 and 2, turns 3 and 4
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (0, 2), (1, 2), (1, 3), (2, 3), (1, 2, 3)])
+async def test_any_part_of_a_tree_comes_out_the_same(pool: InterpreterPool, wanted: tuple[int, ...]) -> None:
+    whole = await grow(DigitEngine(), pool, NESTED, samples=4)
+    skip = {key for key in whole if key[1] not in wanted}
+    part = await grow(DigitEngine(), pool, NESTED, samples=4, skip=skip)
+    assert {key: (t.input_ids, t.parent, t.branch_turn) for key, t in part.items()} == {
+        key: (t.input_ids, t.parent, t.branch_turn) for key, t in whole.items() if key not in skip
+    }
+
+
+async def test_a_branch_that_ends_before_its_own_turns_parts_one_branching_earlier(
+    pool: InterpreterPool,
+) -> None:
+    branchings = (Branching(turn=1, width=2), Branching(turn=4, width=2))
+    found = await grow(DigitEngine(num_digits=2), pool, branchings, samples=4)
+    for problem in PROBLEMS:
+        trajectories = [found[problem.id, sample] for sample in range(4)]
+        assert [(t.parent, t.branch_turn) for t in trajectories] == [(None, None), (0, 1), (0, 1), (0, 1)]
+        assert len({actions(t)[0] for t in trajectories}) == 1
+        assert len({digits(t) for t in trajectories}) > 2
+
+
+async def test_a_tree_wider_than_the_pool_comes_out_the_same(pool: InterpreterPool) -> None:
+    whole = await grow(DigitEngine(), pool, NESTED, samples=4)
+    async with asyncio.timeout(300), InterpreterPool(preload=(), size=2) as small:
+        narrow = await grow(DigitEngine(), small, NESTED, samples=4)
+    assert {k: t.input_ids for k, t in narrow.items()} == {k: t.input_ids for k, t in whole.items()}
+
+
+async def test_pairs_of_branches_share_their_ids_up_to_the_turn_where_they_part(
+    pool: InterpreterPool,
+) -> None:
+    found = await grow(DigitEngine(), pool, NESTED, samples=4, seed=SEED)
+    for chosen, rejected, turn in ((0, 1, 3), (3, 2, 3), (1, 2, 1), (3, 0, 1)):
+        good, bad = found["set/0", chosen], found["set/0", rejected]
+        [row], _ = make_pairs([(good, Grade("correct", "1", "exact")), (bad, Grade("wrong", "1", "exact"))])
+        shared = len(ids_before(good, turn))
+        assert row["chosen_input_ids"][:shared] == row["rejected_input_ids"][:shared]
+        assert row["chosen_completion_mask"][:shared] == row["rejected_completion_mask"][:shared]
+        assert good.actions[turn].ids != bad.actions[turn].ids
+
+
 async def test_branches_without_a_copy_of_the_session_replay_their_beginning(pool: InterpreterPool) -> None:
     class NoFork:
         def session(self) -> Session:
@@ -99,14 +181,24 @@ async def test_branches_without_a_copy_of_the_session_replay_their_beginning(poo
             session.fork = fork  # type: ignore[method-assign]
             return session
 
-    whole, replayed = await grow(DigitEngine(), pool), await grow(DigitEngine(), NoFork())
-    assert {k: actions(t) for k, t in replayed.items()} == {k: actions(t) for k, t in whole.items()}
+    for branching, samples in ((BRANCHING, 6), (NESTED, 4)):
+        whole = await grow(DigitEngine(), pool, branching, samples)
+        replayed = await grow(DigitEngine(), NoFork(), branching, samples)
+        assert {k: (t.input_ids, t.parent) for k, t in replayed.items()} == {
+            k: (t.input_ids, t.parent) for k, t in whole.items()
+        }
 
 
 @pytest.mark.parametrize("values", [{"turn": 0, "width": 2}, {"turn": 1, "width": 1}])
 async def test_impossible_branchings_are_refused(values: dict) -> None:
     with pytest.raises(InputError, match="branching needs"):
         Branching(**values)
+
+
+async def test_turns_of_branchings_increase() -> None:
+    engine = DigitEngine()
+    with pytest.raises(InputError, match=r"the turns of branchings must increase, got \[3, 1\]"):
+        await grow(engine, ScriptedInterpreter(""), NESTED[::-1], samples=4)
 
 
 async def test_blocks_are_whole() -> None:
