@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from mtpo.engines.attention import additive_mask, attention_windows, grouped
 from mtpo.engines.sampling import sample_tokens
 from mtpo.errors import EngineError, InputError
 from mtpo.logprobs import head_logits
@@ -80,7 +81,7 @@ class TransformersEngine:
         prefill_tokens: int = 8192,
     ) -> None:
         self._model: PreTrainedModel = unwrapped(model)
-        config = self._model.config.get_text_config()
+        self._config = config = self._model.config.get_text_config()
         if config._attn_implementation not in EXACT_ATTENTION:
             raise InputError(
                 f"the model was loaded with attn_implementation={config._attn_implementation!r}; "
@@ -92,7 +93,7 @@ class TransformersEngine:
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
         self._cache = _RowCache(self._model.device, max_rows)
-        self._windows = _attention_windows(config)
+        self._windows = attention_windows(config)
         self._rows: list[_Row] = []
         self._num_active = 0
         self._waiting: deque[_Request] = deque()
@@ -277,18 +278,18 @@ class TransformersEngine:
         length = int(max(len(row.ids) + len(row.pending) for row in rows))
         self._cache.aim(start, positions, length)
         masks = {
-            kind: _mask(positions, length, window, self._model.dtype)
+            kind: additive_mask(positions, length, window, self._model.dtype)
             for kind, window in self._windows.items()
         }
-        output = self._model.base_model(
-            input_ids=input_ids,
-            attention_mask=masks
-            if len(masks) > 1 or "full_attention" not in masks
-            else masks["full_attention"],
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        only_mask = masks.get("full_attention") if len(masks) == 1 else None
+        with grouped(self._config):
+            output = self._model.base_model(
+                input_ids=input_ids,
+                attention_mask=masks if only_mask is None else only_mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
         last = torch.tensor([len(row.pending) - 1 for row in rows], device=device)
         return output.last_hidden_state[torch.arange(len(rows), device=device), last]
 
@@ -352,27 +353,6 @@ class _RowCache(Cache):
 
     def _empty(self, like: Tensor, rows: int, length: int) -> Tensor:
         return torch.zeros(rows, like.shape[1], length, like.shape[3], dtype=like.dtype, device=self._device)
-
-
-def _attention_windows(config: Any) -> dict[str, int | None]:
-    """The masks that the model's layers need: layer type -> window in tokens, None for all of the past."""
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        return {"full_attention": window}
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise InputError(f"this engine knows full and sliding attention, not {sorted(unknown)}")
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
-
-
-def _mask(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive mask (rows, 1, width, length): 0 where the key's position may be seen, else the dtype's minimum."""
-    keys = torch.arange(length, device=positions.device)
-    visible = keys <= positions[..., None]
-    if window is not None:
-        visible &= keys > positions[..., None] - window
-    hidden = torch.full(visible.shape, torch.finfo(dtype).min, dtype=dtype, device=positions.device)
-    return hidden.masked_fill_(visible, 0)[:, None]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
