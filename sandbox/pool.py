@@ -112,7 +112,7 @@ class InterpreterPool:
         self._directory = pool_directory()
         self._context = zmq.asyncio.Context()
         self._context.setsockopt(zmq.LINGER, 0)
-        self._context.setsockopt(zmq.MAX_SOCKETS, max(1023, SOCKETS_PER_KERNEL * self.size))
+        self._context.set(zmq.MAX_SOCKETS, max(1023, SOCKETS_PER_KERNEL * self.size))
         # Nobody needs larger messages, or more of them at a time: who sends them may not fill this process's
         # memory.
         self._context.setsockopt(zmq.MAXMSGSIZE, 2**16 + 16 * self.limits.max_output_chars)
