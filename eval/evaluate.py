@@ -115,6 +115,8 @@ class Evaluation:
     samples: dict[str, int]
     """The fewest (`min`) and most (`max`) trajectories of a scored problem."""
     accuracy: Score
+    by_policy: dict[str, Score]
+    """Empty with one policy. With several, their trajectories are the samples of the other figures together."""
     by_level: dict[str, Score]
     by_subject: dict[str, Score]
     pass_at: dict[int, Score]
@@ -148,6 +150,7 @@ class Evaluation:
         fewest, most = self.samples["min"], self.samples["max"]
         average = f"avg@{most}" if fewest == most else f"avg@{fewest} to {most}"
         rows = [("accuracy" if most == 1 else f"pass@1 ({average})", self.accuracy)]
+        rows += [(f"  policy {name}", score) for name, score in self.by_policy.items()]
         rows += [(f"  level {name}", score) for name, score in self.by_level.items()]
         rows += [(f"  subject {name}", score) for name, score in self.by_subject.items()]
         rows += [(f"pass@{k}", score) for k, score in self.pass_at.items() if k > 1]
@@ -215,6 +218,7 @@ def summarize(predictions: Sequence[Prediction], problems: Sequence[Problem]) ->
         faults=dict(Counter(p.fault for p in predictions if p.fault is not None).most_common()),
         samples={"min": min(sizes), "max": max(sizes)},
         accuracy=_accuracy(own),
+        by_policy=_by_policy(counted),
         by_level=_grouped(own, {i: known[i].level for i in own}),
         by_subject=_grouped(own, {i: known[i].subject for i in own}),
         pass_at={k: _score_at(k, own, _pass_at) for k in ks},
@@ -263,6 +267,13 @@ def metrics(
 def _accuracy(own: Mapping[str, Sequence[Prediction]]) -> Score:
     values = [fmean(p.is_correct for p in predictions) for predictions in own.values()]
     return Score.of(values, sum(map(len, own.values())))
+
+
+def _by_policy(counted: Sequence[Prediction]) -> dict[str, Score]:
+    groups: defaultdict[str, list[Prediction]] = defaultdict(list)
+    for prediction in counted:
+        groups[prediction.policy].append(prediction)
+    return {name: _accuracy(by_problem(groups[name])) for name in sorted(groups)} if len(groups) > 1 else {}
 
 
 def _grouped(own: Mapping[str, Sequence[Prediction]], group_of: Mapping[str, str | None]) -> dict[str, Score]:

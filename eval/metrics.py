@@ -86,8 +86,10 @@ def bootstrap_interval(
             f"a bootstrap needs values and resamples, got {len(values)} values and {num_resamples} resamples"
         )
     _normal_quantile(confidence)
-    array, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    means = [array[rng.integers(len(array), size=len(array))].mean() for _ in range(num_resamples)]
+    rng, size = np.random.default_rng(seed), len(values)
+    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
+    # a resample is how often each distinct value is drawn: far fewer numbers than problems
+    means = [rng.multinomial(size, counts / size) @ distinct / size for _ in range(num_resamples)]
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 

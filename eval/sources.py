@@ -70,11 +70,15 @@ def match_problems(
 
     Args:
         own: the problems as the outputs name them.
-        problems: the set; a problem is found by its id, or by its question.
+        problems: the set; a problem is found by its id, if its question is in what the model was asked, or else by
+            its question.
     """
-    ids = {problem.id for problem in problems}
+    by_id = {problem.id: problem for problem in problems}
     by_question = {same_question(problem.question): problem.id for problem in problems}
-    names = {p.id: p.id if p.id in ids else by_question.get(same_question(p.question)) for p in own}
+    names = {
+        p.id: p.id if p.id in by_id and _asks(p, by_id[p.id]) else by_question.get(same_question(p.question))
+        for p in own
+    }
     samples: Counter[str] = Counter()
     found = []
     for trajectory in trajectories:
@@ -109,6 +113,11 @@ def compare_flags(
             continue
         found[name] = _flag_report(predictions, flags, equal)
     return found
+
+
+def _asks(asked: Problem, problem: Problem) -> bool:
+    """Whether the question is part of what was asked, which may have instructions around it."""
+    return " ".join(same_question(problem.question)) in " ".join(same_question(asked.question))
 
 
 def _flag_report(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -90,6 +91,21 @@ def test_accuracy_is_told_by_subject_and_level() -> None:
         "1": (1.0, 1),
         "2": (0.5, 2),
     }
+
+
+def test_several_policies_are_told_apart() -> None:
+    graded = [
+        (dataclasses.replace(trajectory(0, 0), policy="a"), CORRECT),
+        (dataclasses.replace(trajectory(0, 1), policy="b"), WRONG),
+        (dataclasses.replace(trajectory(1, 0), policy="b"), CORRECT),
+    ]
+    result = evaluate(graded, PROBLEMS)
+    assert result.policies == {"b": 2, "a": 1}
+    assert {name: (s.value, s.num_problems) for name, s in result.by_policy.items()} == {
+        "a": (1.0, 1),
+        "b": (0.5, 2),
+    }
+    assert evaluate(graded[:1], PROBLEMS).by_policy == {}
 
 
 def test_tool_figures() -> None:
