@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ LONG = 24
 GREEDY = Sampling(LONG, (), temperature=0)
 MAX_LOGP_ERROR = 1e-3
 """Between an engine and the trainer, in float32."""
-QUICKSTART_MODEL = Path(__file__).resolve().parents[1] / "runs" / "quickstart" / "sft" / "model"
 
 
 @dataclass(frozen=True)
@@ -138,12 +136,15 @@ async def seeds_reproduce_whatever_else_is_in_the_batch(subject: Subject) -> Non
 
 
 async def truncation_and_temperature_are_those_asked_for(subject: Subject) -> None:
-    """Each of them, at its sharpest, leaves the most likely token alone."""
-    greedy = greedy_ids(subject.model, PROMPTS[0], LONG)
-    free = Sampling(LONG, ())
-    for changes in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 0.01}):
-        [answer] = await complete(subject.engine, PROMPTS[:1], replace(free, **changes))
-        assert answer.ids == greedy, changes
+    """Each truncation, at its sharpest, leaves the most likely token alone; a low temperature what is close to it."""
+    prompt, free = PROMPTS[0], Sampling(LONG, ())
+    for changes in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        [answer] = await complete(subject.engine, [prompt], replace(free, **changes))
+        assert answer.ids == greedy_ids(subject.model, prompt, LONG), changes
+    [cold] = await complete(subject.engine, [prompt], replace(free, temperature=0.01))  # no engine takes less
+    logits = subject.model(torch.tensor([[*prompt, *cold.ids]])).logits[0, len(prompt) - 1 : -1]
+    best = logits.log_softmax(-1).amax(-1)
+    assert (best - torch.tensor(cold.logps)).max() < 0.3  # 30 nats at that temperature
 
 
 async def max_tokens_end_a_turn_as_too_long(subject: Subject) -> None:

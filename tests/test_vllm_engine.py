@@ -16,13 +16,13 @@ from mtpo.errors import EngineError, InputError
 from mtpo.logprobs import action_logps
 from mtpo.models import load_model
 from mtpo.rollout import Sampling
+from recipes.quickstart import Config as QuickstartConfig
+from recipes.quickstart import supervised
 from tests.engine_conformance import (
     GREEDY,
     LONG,
     MAX_LOGP_ERROR,
-    PROMISES,
     PROMPTS,
-    QUICKSTART_MODEL,
     Promise,
     Subject,
     complete,
@@ -44,7 +44,7 @@ BLOCK = 32
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two checkpoints of one architecture."""
     folders = [tmp_path_factory.mktemp("models") / name for name in ("first", "second")]
-    for seed, folder in enumerate(folders):
+    for seed, folder in zip((5, 1), folders, strict=True):
         stress_model(seed).save_pretrained(folder)
     return folders
 
@@ -149,7 +149,9 @@ async def test_weights_of_another_shape_start_vllm_again(subject: Subject, tmp_p
         num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     )
     deeper.save_pretrained(tmp_path / "deeper")
+    started = time.monotonic()
     await engine.update_weights(tmp_path / "deeper")
+    print(f"vLLM started again in {time.monotonic() - started:.0f} s")
     [answer] = await complete(engine, PROMPTS[:1], GREEDY)
     assert answer.ids == greedy_ids(deeper, PROMPTS[0], LONG)
 
@@ -163,7 +165,7 @@ def adapters(tmp_path: Path) -> list[Path]:
         torch.manual_seed(seed)
         config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
         folders.append(tmp_path / f"adapter {seed}")
-        get_peft_model(stress_model(0), config).save_pretrained(folders[-1])
+        get_peft_model(stress_model(), config).save_pretrained(folders[-1])
     return folders
 
 
@@ -175,12 +177,12 @@ async def test_adapters_are_served_and_swapped(folders: list[Path], adapters: li
     for adapter in adapters:
         await engine.update_weights(adapter)
         seen.add(engine.fingerprint)
-        model = PeftModel.from_pretrained(stress_model(0), adapter)
+        model = PeftModel.from_pretrained(stress_model(), adapter)
         prompt = PROMPTS[1] * 6
         answer = await engine.generate(prompt, Sampling(LONG, ()))
         ids = torch.tensor([[*prompt, *answer.ids]])
         trained = action_logps(model, ids, torch.arange(ids.shape[1])[None] >= len(prompt))[0, len(prompt) :]
-        bare = action_logps(stress_model(0), ids, torch.arange(ids.shape[1])[None] >= len(prompt))
+        bare = action_logps(stress_model(), ids, torch.arange(ids.shape[1])[None] >= len(prompt))
         assert (trained - torch.tensor(answer.logps)).abs().max() < MAX_LOGP_ERROR
         assert (trained - bare[0, len(prompt) :]).abs().max() > 0.1
     assert len(seen) == 2
@@ -189,18 +191,21 @@ async def test_adapters_are_served_and_swapped(folders: list[Path], adapters: li
         await engine.generate(PROMPTS[0], GREEDY)
 
 
-@pytest.mark.skipif(not QUICKSTART_MODEL.exists(), reason="needs the checkpoint of make quickstart")
-async def test_quickstart_checkpoint_has_the_trainers_logps() -> None:
-    model = load_model(QUICKSTART_MODEL)
-    try:
-        engine = VLLMEngine(QUICKSTART_MODEL, **SMALL)
-    except (InputError, EngineError) as error:
-        if model.config.head_dim % 32:
-            pytest.skip(f"vLLM's attention on this device takes no heads of {model.config.head_dim}: {error}")
-        raise
-    for promise in PROMISES:
-        await promise(Subject(engine, model))
-    await engine.aclose()
+@pytest.fixture(scope="module")
+def quickstart_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    """The quickstart's first checkpoint, after 25 of its 1,000 steps."""
+    out = tmp_path_factory.mktemp("quickstart") / "sft"
+    folder = supervised(out, QuickstartConfig(out=str(out.parent), demonstrations=400))
+    engine = VLLMEngine(folder, **SMALL)
+    yield Subject(engine, load_model(folder))
+    asyncio.run(engine.aclose())
+
+
+@every_promise
+async def test_quickstart_checkpoint_keeps_an_engines_promises(
+    promise: Promise, quickstart_subject: Subject
+) -> None:
+    await promise(quickstart_subject)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,10 @@ class OpenAIEngine:
     Prompts are sent as token ids to `/v1/completions`, and the sampled ids and their log-probs come back
     (vLLM's `return_token_ids`). Turns of one session go to one replica, whose prefix cache holds what came before,
     unless that replica has far more to do than another. A replica that cannot be reached gets no requests until it
-    answers again, and what it was asked is asked elsewhere. With `vllm serve`, say `--generation-config vllm`
-    so that no file of the checkpoint changes how is sampled.
+    answers again, and what it was asked is asked elsewhere. With `vllm serve`, say `--generation-config vllm`,
+    so that no file of the checkpoint changes how is sampled; for a model with windows
+    `--prefix-cache-retention-interval`, a multiple of `--block-size`, so that the prefix cache keeps sampled ids;
+    on a CPU `--no-enable-chunked-prefill`, because vLLM 0.32 dies there of a seeded prompt that it cuts.
 
     Args:
         urls: where the replicas listen, as in "http://10.0.0.7:8000".
