@@ -143,6 +143,12 @@ async def test_a_branch_that_ends_before_its_own_turns_parts_one_branching_earli
 ) -> None:
     branchings = (Branching(turn=1, width=2), Branching(turn=4, width=2))
     found = await grow(DigitEngine(num_digits=2), pool, branchings, samples=4)
+    part = await grow(
+        DigitEngine(num_digits=2), pool, branchings, samples=4, skip={k for k in found if k[1] in (0, 2)}
+    )
+    assert {k: (actions(t), t.parent) for k, t in part.items()} == {
+        k: (actions(t), t.parent) for k, t in found.items() if k[1] in (1, 3)
+    }
     for problem in PROBLEMS:
         trajectories = [found[problem.id, sample] for sample in range(4)]
         assert [(t.parent, t.branch_turn) for t in trajectories] == [(None, None), (0, 1), (0, 1), (0, 1)]
