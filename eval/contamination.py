@@ -91,11 +91,11 @@ def find_contamination(
         training: sets by name; a problem may be in several.
         unknown: what else the policy was trained on, in words.
     """
-    problems = {problem.id: problem for part in training.values() for problem in part}
-    overlaps = {o.problem_id: o for o in _overlaps(evaluation, list(problems.values()))}
+    problems = list({(p.id, p.question): p for part in training.values() for p in part}.values())
+    overlaps = {o.problem_id: o for o in _overlaps(evaluation, problems)}
     num_long = sum(len(_words(problem.question)) >= N for problem in evaluation)
     shares = [o.share for o in overlaps.values() if o.kind == "overlap"]
-    duplicates = {o.problem_id: o for o in _duplicates(evaluation, list(problems.values()))}
+    duplicates = {o.problem_id: o for o in _duplicates(evaluation, problems)}
     unit = f"problems of at least {N} words"
     return Contamination(
         Rate.count_of(len(duplicates), len(evaluation) if problems else 0, "problems"),

@@ -52,6 +52,13 @@ def test_overlap_is_the_share_of_13_grams_that_training_problems_hold() -> None:
     assert found.num_train == 2
 
 
+def test_every_training_set_counts_also_where_two_number_their_problems_alike() -> None:
+    sets = {"a": [problem("t/0", "Find 1"), problem("t/1", "Find 2")], "b": [problem("t/0", "Find 3")]}
+    found = find_contamination([problem(f"e/{i}", f"Find {i}") for i in range(5)], sets | {"c": sets["a"]})
+    assert {o.problem_id for o in found.pairs} == {"e/1", "e/2", "e/3"}
+    assert found.num_train == 3 and [s["num_problems"] for s in found.compared_with] == [2, 1, 2]
+
+
 def test_nothing_to_compare_with_is_no_clean_bill() -> None:
     found = find_contamination([problem("e/0", "q")], {}, ["gemma: no run folder"])
     assert found.duplicates.value is None and found.duplicates.of == 0
