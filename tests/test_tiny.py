@@ -108,7 +108,7 @@ def test_a_saved_tokenizer_reads_back_the_same(tokenizer: PreTrainedTokenizerFas
 def test_tiny_gemma_has_gemma_2s_shape_in_small(tokenizer: PreTrainedTokenizerFast) -> None:
     model = make_tiny_gemma2(tokenizer, seed=0)
     embedding = 96 * len(tokenizer)
-    attention = 2 * 96 * (4 * 24) + 2 * 96 * (2 * 24)  # q and o, k and v
+    attention = 2 * 96 * (4 * 32) + 2 * 96 * (2 * 32)  # q and o, k and v
     layer = attention + 3 * 96 * 192 + 4 * 96  # and the gated MLP, and four norms
     assert sum(p.numel() for p in model.parameters()) == embedding + 2 * layer + 96
     assert model.config.attn_logit_softcapping == 50.0
