@@ -7,6 +7,7 @@ else the exact permutation test on each problem's share of correct trajectories.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class Comparison:
     test: Literal["mcnemar", "permutation"]
     improved: int
     worsened: int
+    z: float
+    """Sum of the differences over the root of the sum of their squares: McNemar's z for single answers."""
     p: float
     p_holm: float
     """Corrected for the number of tests (Holm)."""
@@ -104,7 +107,7 @@ class Comparison:
             f"{self.after} against {self.before}, {self.num_problems:,} problems ({self.left_out:,} left out): "
             f"{self.before_score.value:.1%} -> {self.after_score.value:.1%}, "
             f"{d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}], {self.improved} improved, "
-            f"{self.worsened} worsened, {self.test} p = {self.p:.2g}{holm_note}"
+            f"{self.worsened} worsened, z = {self.z:.2f}, {self.test} p = {self.p:.2g}{holm_note}"
         )
 
 
@@ -184,6 +187,7 @@ def _compare(before: Run, after: Run, common: bool) -> Comparison:
         test="mcnemar" if is_single else "permutation",
         improved=sum(change.after > change.before for change in changed),
         worsened=sum(change.after < change.before for change in changed),
+        z=sum(differences) / (math.hypot(*differences) or 1),
         p=p,
         p_holm=p,
         num_tests=1,

@@ -218,7 +218,7 @@ def test_evaluate_compares_with_an_earlier_evaluation(coin: Path, tmp_path: Path
     options = ["--out", tmp_path / "b", "--compare", tmp_path / "a"]
     assert evaluate.main([str(a) for a in [*common, *options]]) == 0
     out = capsys.readouterr().out
-    assert "0 improved, 0 worsened, mcnemar p = 1" in out
+    assert "0 improved, 0 worsened, z = 0.00, mcnemar p = 1" in out
     metrics = read_json(tmp_path / "b" / "metrics.json")
     assert metrics["accuracy"]["num_problems"] == 10
     assert sum(metrics["outcomes"].values()) == 10
