@@ -7,6 +7,7 @@ matrices and intervals ask for the equality of their elements by the same list o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 from mtpo.answer_forms import (
     ALL_REALS,
     APPROXIMATELY,
-    CLOCK_TIME,
     EMPTY_SETS,
     EQUALS,
     NO_SOLUTION,
@@ -23,6 +23,7 @@ from mtpo.answer_forms import (
     Items,
     chain,
     choice_letters,
+    clock_time,
     is_name,
     items,
     labelled_choice,
@@ -99,7 +100,8 @@ class _Comparison:
 
     def _numbers(self, gold: str, answer: str) -> Decision | None:
         """Exact arithmetic; final when both sides are numbers."""
-        gold_side, answer_side = measured(gold), measured(answer)
+        gold_side = measured(gold)
+        answer_side = measured(answer, gold_side.unit)
         try:
             gold_values = _values(gold_side)
         except TooLargeError:
@@ -120,6 +122,14 @@ class _Comparison:
             gold_values, answer_values = gold_values[:1], answer_values[:1]
         equal = any(g.equals(a) for g in gold_values for a in answer_values)
         return Decision(equal, "percent" if gold_side.is_percent or answer_side.is_percent else "number")
+
+    def _named(self, gold: str, answer: str) -> Decision | None:
+        """`D = (-1, 0]` and `N = 7602_8`, where the gold answer has no name."""
+        if answer.count("=") != 1 or "=" in gold:
+            return None
+        sides = split_top(answer, EQUALS)
+        value = self._solved_side(sides) if len(sides) == 2 and is_name(sides[0]) else None
+        return self.decide(gold, value) if value else None
 
     def _several_for_one(self, gold: str, answer: str) -> Decision | None:
         """A bare list for a single value is right only if it spells that value in different ways: 1/2 or 0.5."""
@@ -155,27 +165,27 @@ class _Comparison:
 
     def _numerals(self, gold: str, answer: str) -> Decision | None:
         """A base-n numeral: the digits count; the subscript may be missing, never different."""
-        gold_numeral, answer_numeral = numeral(gold), numeral(answer)
+        gold_numeral, answer_numeral = numeral(gold), numeral(answer) or numeral(answer.upper())
         if gold_numeral is None:
             if answer_numeral is None or not parse_number(gold):
                 return None
             return Decision(answer_numeral == (gold, "10"), "base")
         if answer_numeral is None:
-            digits = plain(answer).upper().replace(",", "").replace(" ", "").lstrip("0")
+            digits = plain(answer).upper().replace(",", "").lstrip("0")
             return Decision(digits == gold_numeral.digits, "base")
         return Decision(answer_numeral == gold_numeral, "base")
 
     def _times(self, gold: str, answer: str) -> Decision | None:
-        """Times of day, and ratios of whole numbers."""
-        gold_time, answer_time = CLOCK_TIME.fullmatch(plain(gold)), CLOCK_TIME.fullmatch(plain(answer))
-        if gold_time and answer_time:
-            same = all(
-                int(g) == int(a) for g, a in zip(gold_time.group(1, 2), answer_time.group(1, 2), strict=True)
-            )
-            halves = {time.group(3)[0].lower() for time in (gold_time, answer_time) if time.group(3)}
-            return Decision(same and len(halves) < 2, "time")
-        if gold_time:
+        """Times of day; one side may leave out which half of the day."""
+        if (gold_time := clock_time(gold)) is None:
+            return None
+        answer_time = clock_time(answer, bare=True)
+        if answer_time is None or gold_time[:3] != answer_time[:3]:
             return Decision(False, "time")
+        return Decision(None in (gold_time.half, answer_time.half) or gold_time == answer_time, "time")
+
+    def _ratios(self, gold: str, answer: str) -> Decision | None:
+        """Ratios of whole numbers are quotients."""
         gold_ratio, answer_ratio = RATIO.fullmatch(plain(gold)), RATIO.fullmatch(plain(answer))
         if gold_ratio is None and answer_ratio is None:
             return None
@@ -206,6 +216,8 @@ class _Comparison:
             if [len(row) for row in gold_rows] != [len(row) for row in answer_rows]:
                 return Decision(False, "matrix")
             return self._in_order(_flat(gold_rows), _flat(answer_rows), "matrix")
+        if answer_rows is not None and len(answer_rows) == len(answer_rows[0]) == 1:
+            return self.decide(gold, answer_rows[0][0])
         gold_vector, answer_vector = _vector(gold, gold_rows), _vector(answer, answer_rows)
         if gold_vector is None or answer_vector is None:
             return None if _is_equation(gold) or _is_equation(answer) else Decision(False, "matrix")
@@ -257,15 +269,19 @@ class _Comparison:
             return self._in_order(_members(gold_items), _members(answer_items), "tuple")
         gold_values, answer_values = written_out(gold_items.values), written_out(answer_items.values)
         if answer_items.bracket == "(":
+            if gold_items.bracket == "{":
+                return Decision(False, "list")
             return self._in_order(gold_values, answer_values, "list")
         return self._in_any_order(gold_values, answer_values, "list", self.decide)
 
     def _approximations(self, gold: str, answer: str) -> Decision | None:
-        r"""Of `2\sqrt{3} \approx 3.46`, the exact side; of `AB \approx 3.46`, what there is."""
-        parts = split_top(answer, APPROXIMATELY)
-        if len(parts) == 1:
+        r"""Of `2\sqrt{3} \approx 3.46`, the exact side; of `AB \approx 3.46`, what there is; of a gold, either."""
+        gold_parts, parts = split_top(gold, APPROXIMATELY), split_top(answer, APPROXIMATELY)
+        if len(gold_parts) == len(parts) == 1:
             return None
-        return self.decide(gold, parts[1] if is_name(parts[0]) else parts[0])
+        answer = parts[1] if len(parts) > 1 and is_name(parts[0]) else parts[0]
+        decisions = [self.decide(part, answer) for part in gold_parts]
+        return next((decision for decision in decisions if decision.equal), decisions[0])
 
     def _equations(self, gold: str, answer: str) -> Decision | None:
         """Solved equations by their value; others up to a factor and rearrangement."""
@@ -299,13 +315,16 @@ class _Comparison:
         if len(sides) == 1 or (len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0])):
             return sides[0]
         if is_name(sides[0]):
-            return sides[-1]
+            own_name = rf"(?<![A-Za-z\\]){sides[0]}(?![A-Za-z])"
+            is_solved = not (sides[0].isalpha() and re.search(own_name, sides[-1]))
+            return sides[-1] if is_solved else None
         same = [self._numbers(sides[0], side) for side in sides[1:]]
         return sides[0] if all(decision and decision.equal for decision in same) else None
 
     def _quantities(self, gold: str, answer: str) -> Decision | None:
         r"""Take units off what is no plain number, such as `2\sqrt{3} \text{ cm}`."""
-        gold_side, answer_side = measured(gold), measured(answer)
+        gold_side = measured(gold)
+        answer_side = measured(answer, gold_side.unit)
         if (gold_side.value, answer_side.value) == (gold, answer):
             return None
         if units_conflict(gold_side, answer_side) or gold_side.scale != answer_side.scale:
@@ -348,11 +367,13 @@ class _Comparison:
         return Decision(None if undecided else True, rule)
 
     _RULES = (
+        _times,
         _numbers,
+        _named,
         _several_for_one,
         _choices,
         _numerals,
-        _times,
+        _ratios,
         _words,
         _matrices,
         _sets,

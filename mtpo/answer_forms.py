@@ -13,9 +13,8 @@ from mtpo.answer_text import closing, split_top, squash
 
 EQUALS = re.compile(r"=|\\(?:equiv|in)(?![A-Za-z])|(?<=[A-Za-z]):(?=\s*-?[\d\\])")
 APPROXIMATELY = re.compile(r"\\approx(?![A-Za-z])")
-CLOCK_TIME = re.compile(r"(\d{1,2})\s*:\s*([0-5]\d)\s*([aApP]\.?\s?[mM]\.?)?")
 RATIO = re.compile(r"(\d+)\s*(?::|\bto\b)\s*(\d+)")
-EMPTY_SETS = frozenset({r"\emptyset", r"\{\}", "emptyset", "set()", "[]", "{}"})
+EMPTY_SETS = frozenset({r"\emptyset", r"\{\}", "emptyset", "EmptySet", "set()", "[]", "{}"})
 NO_SOLUTION = frozenset(
     {
         *(
@@ -40,12 +39,16 @@ NO_SOLUTION = frozenset(
     }
 )
 ALL_REALS = frozenset(
-    {"all real numbers", "real numbers", "all reals", "reals", "all real", "any real number"}
+    {"s reals", "all real numbers", "real numbers", "all reals", "reals", "all real", "any real number"}
 )
 _COUNTING = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty"""
 NUMBER_WORDS = {word: number for number, word in enumerate(_COUNTING.split())}
 
+_CLOCK_TIME = re.compile(
+    r"(\d{1,2})(?:\s*:\s*([0-5]\d)(?:\s*:\s*([0-5]\d))?)?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE
+)
+_THOUSANDS = re.compile(r"\D*\d{1,3}(?:,\d{3})+(?:\.\d*)?\D*")
 _SEPARATOR = re.compile(r"[,;]|\\(?:lor|land)(?![A-Za-z])")
 _COMMA = re.compile(",")
 _PLUS_MINUS = re.compile(r"\\(mp|pm)(?![A-Za-z])")
@@ -55,15 +58,15 @@ _MEMBER_NAME = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|:|\\in(?![A-Za-z]))\s
 _NAMED_VALUE = re.compile(r"'?([A-Za-z](?:_\{?\w+\}?)?|\\[a-z]+)'?\s*[=:]\s*([^=:]+)")
 _NAME = re.compile(
     r"(?!\\frac\{\d|\\sqrt|\\infty|\\pi|[ei]$|.*\\cdot)(?:\\[A-Za-z]+|[A-Za-z]|\||\[(?=[A-Z]))[^=+<>-]*"
-    r"|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)"
+    r"|\([A-Za-z](?:_\{?\w+\}?)?(?:\s*,\s*[A-Za-z](?:_\{?\w+\}?)?)+\)"
 )
-_CHOICES = re.compile(r"\(?[A-Z]\)?(?:(?:\s*,\s*|\s*\\land\s*|\s+and\s+)\(?[A-Z]\)?)*")
+_CHOICES = re.compile(r"\(?[A-Z]\)?(?:(?:\s*,?\s*\\land\s*|\s*,\s*|,?\s+and\s+)\(?[A-Z]\)?)*")
 _LABELLED_CHOICE = re.compile(
     r"(?:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:?\s*)?\(?([A-Z])(?:[).:]+(?:\s.*|\W.*)?|$)",
     re.IGNORECASE,
 )
 _NUMERAL = re.compile(
-    r"\(?(-?[0-9A-Z]*\d[0-9A-Z]*)\)?(?:_\s*\{?\s*\(?(\d+|[a-z]+)\)?\s*\}?|\s*\(?\s*base[\s-]*\{?(\d+|[a-z]+)\}?\)?)"
+    r"\(?(-?[0-9A-Z]*\d[0-9A-Z]*)\)?(?:_\s*\{?\s*(?:base\s*)?\(?(\d+|[a-z]+)\)?\s*\}?|\s*\(?\s*base[\s-]*\{?(\d+|[a-z]+)\}?\)?)"
 )
 _PYTHON_NUMERAL = re.compile(r"0([box])([0-9a-fA-F]+)")
 _PYTHON_BASES = {"b": "2", "o": "8", "x": "16"}
@@ -98,6 +101,15 @@ class Numeral(NamedTuple):
     base: str
 
 
+class ClockTime(NamedTuple):
+    """A time of day; `half` is "a" or "p", or None if the text does not say."""
+
+    hour: int
+    minute: int
+    second: int
+    half: str | None
+
+
 def plain(text: str) -> str:
     r"""Without the commands of `\text{...}`."""
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
@@ -120,6 +132,17 @@ def labelled_choice(text: str) -> str | None:
     """The letter of a choice that is written out, such as `(C) Plane`, `C. 12` or `option C`."""
     match = _LABELLED_CHOICE.fullmatch(plain(text))
     return match.group(1).upper() if match else None
+
+
+def clock_time(text: str, *, bare: bool = False) -> ClockTime | None:
+    """`9:24`, `4:51:06 p.m.`, `9 a.m.`; a `bare` hour, `9`, only if that is asked for."""
+    match = _CLOCK_TIME.fullmatch(plain(text))
+    if match is None:
+        return None
+    hour, minute, second, half = match.groups()
+    if minute is None and half is None and not bare:
+        return None
+    return ClockTime(int(hour), int(minute or 0), int(second or 0), half and half.lower())
 
 
 def numeral(text: str) -> Numeral | None:
@@ -158,6 +181,8 @@ def words(text: str) -> str | None:
 def items(text: str) -> Items | None:
     r"""The values of a tuple, set or list. `1 \pm 2` is a list of two; `[5]` and `\{5\}` have one value."""
     bracket, inside = _open(text)
+    if not bracket and _THOUSANDS.fullmatch(text):
+        return None
     values = [value for part in split_top(inside, _SEPARATOR) if (value := part.strip("'\" "))]
     if len(values) > 1 or (len(values) == 1 and bracket == "(" and inside.rstrip().endswith(",")):
         return Items(bracket, values)

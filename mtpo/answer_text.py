@@ -19,7 +19,7 @@ MAX_NESTING = 50
 """Nor are those with more brackets inside each other, so that no reader recurses deeper."""
 
 _FUNCTION_NAMES = """arcsin arccos arctan arccot asin acos atan sinh cosh tanh sin cos tan cot sec csc ln log exp
-    det gcd lcm max min"""
+    det gcd lcm max min sqrt"""
 FUNCTIONS = tuple(_FUNCTION_NAMES.split())
 _TRIG = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
@@ -28,7 +28,17 @@ _UNICODE = {
     **dict.fromkeys("×⋅·∙∗", r"\cdot "),
     **dict.fromkeys("°º", r"^\circ "),
     **dict.fromkeys("∅⌀", r"\emptyset "),
-    **{"÷": "/", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ", "±": r"\pm ", "∓": r"\mp ", "θ": r"\theta "},
+    **{
+        "÷": "/",
+        "⁄": "/",
+        "√": r"\sqrt ",
+        "∛": r"\sqrt[3]",
+        "∞": r"\infty ",
+        "π": r"\pi ",
+        "±": r"\pm ",
+        "∓": r"\mp ",
+        "θ": r"\theta ",
+    },
     **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "∈": r"\in "},
     **{"∪": r"\cup ", "∩": r"\cap ", "∧": r" \land ", "∨": r" \lor ", "ℝ": r"\mathbb{R}", "∖": r"\setminus "},
     **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega "},
@@ -66,7 +76,7 @@ _MARKUP = _rules(
     (r"\\overline\{([A-Z]{2})\}", r"\1"),
     (r"\\lbrace(?![A-Za-z])", r"\\{"),
     (r"\\rbrace(?![A-Za-z])", r"\\}"),
-    (r"\{([:+\-*/=<>!])\}", r"\1"),
+    (r"(?<!text)(?<!mbox)(?<!mathrm)\{([:+\-*/=<>!])\}", r"\1"),
 )
 
 _SYMBOLS = _rules(
@@ -83,11 +93,16 @@ _SYMBOLS = _rules(
     (r"\\(?:infin|infty)(?![A-Za-z])", r"\\infty "),
     (r"\\(?:backslash|setminus|smallsetminus)(?![A-Za-z])", r"\\setminus "),
     (r"\\(?:R|Reals|reals)(?![A-Za-z])", r"\\mathbb{R}"),
-    (r"\\(?:degrees?)(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])", "°"),
+    (
+        r"\\(?:degrees?)(?![A-Za-z])|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![A-Za-z])|(?<=\d)\^\s*\{?o(?![A-Za-z])\}?",
+        "°",
+    ),
     (r"\\lvert|\\rvert|\\vert|\\mid(?![A-Za-z])", "|"),
     (r"\\(?:wedge|land)(?![A-Za-z])", r" \\land "),
     (r"\\(?:vee|lor)(?![A-Za-z])", r" \\lor "),
     (r"\\(?:[dtc]|nice|s)frac(?![A-Za-z])", r"\\frac"),
+    (r"^\\text\{(?![^{}]*\bnot\b)[^{}]{3,}(?:\bis|\bare|:|=)\}\s*(?=[^\s.])", ""),
+    (r"\\frac\{\s*\\text\{([^{}]*)\}\s*\}\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
     (r"\{?\s*(\d+)\s*\\choose\s*(\d+)\s*\}?", r"\\binom{\1}{\2}"),
     (r"(?:\{\})?[\^_]\{?(\d+)\}?\s*C_\{?(\d+)\}?|(?<![A-Za-z\\])C\((\d+),\s*(\d+)\)", r"\\binom{\1\3}{\2\4}"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
@@ -99,8 +114,7 @@ _PYTHON = _rules(
     (_NAMES + r"(?:np|numpy|math|cmath|sympy|sp|mpmath|mp|fractions|decimal)\.", ""),
     (_NAMES + r"(?:Rational|Fraction)\(\s*(-?\d+)\s*,\s*(\d+)\s*\)", r"\\frac{\1}{\2}"),
     (
-        _NAMES
-        + r"(?:Rational|Fraction|Integer|Float|Decimal|mpf|float(?:16|32|64|128)?|u?int(?:8|16|32|64)?)"
+        _NAMES + r"(?:Rational|Fraction|Integer|Float|Decimal|mpf|float(?:16|32|64|128)|u?int(?:8|16|32|64))"
         r"(?=\()",
         "",
     ),
@@ -110,6 +124,8 @@ _PYTHON = _rules(
     (r"(?<=\d)[eE]([-+]?\d{1,4})(?![\d.A-Za-z_])", r"\\cdot 10^{\1}"),
     (r"\(\s*(['\"])([^'\"]*)\1\s*\)", r"(\2)"),
     (r"(?<=\d)[jJ](?![A-Za-z])|(?<=[*])I(?![A-Za-z])|(?<![A-Za-z\\])I(?=\s*\*)", "i"),
+    (r"(?<=[*])E(?![A-Za-z])|(?<![A-Za-z\\])E(?=\s*\*)", "e"),
+    (r"^\s*Eq\(([^=,]*),([^=,]*)\)\s*$", r"\1=\2"),
     (r"\*\*", "^"),
     (r"\*", r"\\cdot "),
     (_NAMES + r"pi(?![A-Za-z(])", r"\\pi "),
@@ -267,6 +283,8 @@ def _text_span(content: str) -> str:
         return f"\\{word} "
     if (len(word) == 1 and word in "eidx") or not re.search(r"[A-Za-z]", word):
         return content
+    if power := re.fullmatch(r"([A-Za-z. ]+?)\s*\^\s*\{?(\d)\}?", word):
+        return rf"\text{{{power.group(1)}}}^{{{power.group(2)}}}"
     if found := re.fullmatch(r",?\s*(and|or)", word):
         return rf" \l{found.group(1)} "
     return rf"\text{{{' '.join(content.split())}}}"

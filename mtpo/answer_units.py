@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from mtpo.answer_text import FUNCTIONS
+
 _ALIASES = {
     "metre": "m meter meters metre metres",
     "kilometre": "km kilometer kilometers kilometre kilometres kms",
@@ -77,7 +79,7 @@ _PREFIX = re.compile(
     r"([-+]?)\s*(\\\$|€|£|\\euro|\\pounds|\\text\{(?:Rs\.?|USD)\}|USD|Rs\.?)\s*(?=[-\d.\\(])"
 )
 _SUFFIX = re.compile(
-    r"(?:\s*(?:\\text\{[^{}]*\}|\\%|\\\$|€|£|\^\{[-+]?\d\}(?<=\}\^\{\d\})))"
+    r"(?:\s*(?:\\text\{[^{}]*\}|\\%|\\\$|€|£))"
     r"(?:\s*(?:\\text\{[^{}]*\}|\\%|/|\\cdot|\^\{-?\d\}))*$"
 )
 _WORDS = re.compile(r"(?<=[\d)}])\s*((?:[A-Za-z]+\.?)(?:(?:\s*/\s*|\s+)[A-Za-z]+\.?)*(?:\^\{\d\})?)$")
@@ -95,14 +97,18 @@ class Measured(NamedTuple):
     """What "thousand" and its like multiply the value by."""
 
 
-def measured(text: str) -> Measured:
-    """Take the unit, currency and percent sign off a normalised answer."""
+def measured(text: str, expected: str | None = None) -> Measured:
+    """Take the unit, currency and percent sign off a normalised answer.
+
+    Args:
+        expected: the unit of the other side; only then is `g` in `12g` the unit and no variable.
+    """
     unit = None
     if prefix := _PREFIX.match(text):
         sign, currency = prefix.groups()
         unit = _CURRENCY.get(currency) or _UNITS.get(re.sub(r"\\text|[^A-Za-z]", "", currency).lower())
         text = sign + text[prefix.end() :]
-    start = _suffix_start(text)
+    start = _suffix_start(text, expected)
     if start is None:
         return Measured(text, unit)
     suffix, value = text[start:], text[:start].strip()
@@ -127,7 +133,7 @@ def units_conflict(first: Measured, second: Measured) -> bool:
     return None not in units and units[0] != units[1]
 
 
-def _suffix_start(text: str) -> int | None:
+def _suffix_start(text: str, expected: str | None) -> int | None:
     """Where the unit at the end begins; plain words count if known, or long enough to be nouns."""
     if match := _SUFFIX.search(text):
         return match.start()
@@ -136,7 +142,9 @@ def _suffix_start(text: str) -> int | None:
         known = _UNITS.keys() | _SCALES.keys() | _POWERS.keys() | {"per", "percent", "units", "unit"}
         if all(w.lower() in known and (len(w) > 1 or "/" in match.group()) for w in words):
             return match.start()
-        if text[match.start()] == " " and all(len(w) >= 4 for w in words):
+        if expected and _unit([m.group() for m in _PIECE.finditer(match.group())]) == expected:
+            return match.start()
+        if text[match.start()] == " " and all(len(w) >= 4 and w not in FUNCTIONS for w in words):
             return match.start()
     return None
 

@@ -7,7 +7,10 @@ equal is asked of whoever compares.
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
 from mtpo.answer_text import closing, split_top
@@ -44,6 +47,9 @@ class Piece(NamedTuple):
     high_closed: bool
 
 
+REALS = Piece(MINUS_INFINITY, False, INFINITY, False)
+
+
 def looks_like_set(text: str) -> bool:
     """The text can be nothing but a set of reals; `(1, 2)` could be a point too."""
     return bool(
@@ -60,9 +66,9 @@ def parse_set(text: str) -> list[Piece] | None:
     """The pieces of the set in no particular order, or None if the text is no set that is known here."""
     text = _unwrap(text.strip())
     if _ALL_REALS.fullmatch(text):
-        return [Piece(MINUS_INFINITY, False, INFINITY, False)]
+        return [REALS]
     if found := _ALL_REALS_BUT.fullmatch(text):
-        return _all_but(split_top(found.group(1), _OR))
+        return _without(REALS, split_top(found.group(1), _OR))
     if text.startswith("Union(") and closing(text, 5) == len(text) - 1:
         return _union(split_top(text[6:-1], _COMMA))
     for separator in (_UNION, _OR):
@@ -70,16 +76,16 @@ def parse_set(text: str) -> list[Piece] | None:
         if separator is _OR and len(parts) > 1 and _IS_REAL.fullmatch(parts[0]):
             return parse_set(",".join(parts[1:]))
         if len(parts) > 1 and (separator is _UNION or all(_is_statement(part) for part in parts)):
-            return _union(parts)
+            return _intersection(parts) if any(_NE.search(part) for part in parts) else _union(parts)
     parts = split_top(text, _AND)
     if len(parts) > 1:
         return _intersection(parts)
     if len(parts := split_top(text, _IN)) == 2 and _VARIABLE.fullmatch(parts[0]):
         return parse_set(parts[1])
-    if len(parts := split_top(text, _SETMINUS)) == 2 and _ALL_REALS.fullmatch(parts[0]):
-        return _all_but(split_top(parts[1].removeprefix("\\{").removesuffix("\\}"), _COMMA))
-    if len(parts := split_top(text, _NE)) == 2 and _VARIABLE.fullmatch(parts[0]):
-        return _all_but(split_top(parts[1], _COMMA))
+    if len(parts := split_top(text, _SETMINUS)) == 2:
+        return _difference(*parts)
+    if (points := _excluded(text)) is not None:
+        return _without(REALS, points)
     return _inequality(text) or _interval(text)
 
 
@@ -107,9 +113,12 @@ def _union(parts: list[str]) -> list[Piece] | None:
 
 
 def _intersection(parts: list[str]) -> list[Piece] | None:
-    """A lower and an upper bound that both hold."""
-    low, high = (MINUS_INFINITY, False), (INFINITY, False)
+    """A lower and an upper bound that both hold, without some points."""
+    low, high, points = (MINUS_INFINITY, False), (INFINITY, False), []
     for part in parts:
+        if (excluded := _excluded(part)) is not None:
+            points += excluded
+            continue
         found = parse_set(part)
         if found is None or len(found) != 1:
             return None
@@ -122,23 +131,60 @@ def _intersection(parts: list[str]) -> list[Piece] | None:
             if high[0] != INFINITY:
                 return None
             high = (piece.high, piece.high_closed)
-    return [Piece(*low, *high)]
+    return _without(Piece(*low, *high), points)
 
 
-def _all_but(points: list[str]) -> list[Piece] | None:
-    """The reals without some rational points."""
-    try:
-        numbers = [(parse_number(point), point) for point in points]
-    except TooLargeError:
+def _excluded(text: str) -> list[str] | None:
+    r"""The points of `x \ne 1, 2`; None if the text says anything else."""
+    sides = split_top(text, _NE)
+    return split_top(sides[1], _COMMA) if len(sides) == 2 and _VARIABLE.fullmatch(sides[0]) else None
+
+
+def _difference(base: str, removed: str) -> list[Piece] | None:
+    r"""An interval without points, or the reals without an interval."""
+    pieces = parse_set(base)
+    if pieces is None or len(pieces) != 1:
         return None
-    if len(points) == 1:
-        ends = points
-    elif all(number is not None for number, _ in numbers):
-        ends = [point for _, point in sorted(numbers, key=lambda pair: pair[0].value)]  # pyright: ignore
-    else:
+    if removed.startswith("\\{"):
+        return _without(pieces[0], split_top(removed.removeprefix("\\{").removesuffix("\\}"), _COMMA))
+    gap = parse_set(removed)
+    if gap is None or len(gap) != 1 or pieces != [REALS]:
         return None
-    lows, highs = [MINUS_INFINITY, *ends], [*ends, INFINITY]
-    return [Piece(low, False, high, False) for low, high in zip(lows, highs, strict=True)]
+    low, low_closed, high, high_closed = gap[0]
+    below = [] if low == MINUS_INFINITY else [Piece(MINUS_INFINITY, False, low, not low_closed)]
+    above = [] if high == INFINITY else [Piece(high, not high_closed, INFINITY, False)]
+    return [*below, *above] or None
+
+
+def _without(piece: Piece, points: list[str]) -> list[Piece] | None:
+    """An interval without points inside it; unless it is the reals without one point, all must be rational."""
+    if not points:
+        return [piece]
+    if piece != REALS or len(points) > 1:
+        try:
+            inside = sorted(points, key=_value)
+            values = [_value(end) for end in (piece.low, *inside, piece.high)]
+        except (TooLargeError, _NoValueError):
+            return None
+        if any(low >= high for low, high in pairwise(values)):
+            return None
+        points = inside
+    lows = [(piece.low, piece.low_closed), *((point, False) for point in points)]
+    highs = [*((point, False) for point in points), (piece.high, piece.high_closed)]
+    return [Piece(*low, *high) for low, high in zip(lows, highs, strict=True)]
+
+
+class _NoValueError(Exception):
+    """The end of an interval is no rational number."""
+
+
+def _value(end: str) -> Fraction | float:
+    if end in (INFINITY, MINUS_INFINITY):
+        return math.inf if end == INFINITY else -math.inf
+    number = parse_number(end)
+    if number is None:
+        raise _NoValueError
+    return number.value
 
 
 def _inequality(text: str) -> list[Piece] | None:

@@ -43,6 +43,9 @@ _LETTER_FACTOR = re.compile(
     r"(?P<function>\\(?!(?:pi|alpha|beta|gamma|theta|lambda|phi|omega)(?![A-Za-z]))[A-Za-z]+)"
     r"|(?:\\[a-z]+|[a-eijk-zA-Z])(?=\s*\()"
 )
+_FUNCTION_QUOTIENT = re.compile(
+    r"(\\(?:sin|cos|tan|cot|sec|csc|ln))\s*(\d*[A-Za-z]|\\[a-z]+)\s*/(?=\s*\\(?:sin|cos|tan|cot|sec|csc|ln))"
+)
 _LONG_FLOAT = re.compile(rf"(?=[\d.]{{{FLOAT_DIGITS + 1},}})\d+\.\d+")
 
 
@@ -81,6 +84,11 @@ def _check_nesting(text: str) -> None:
             if len(exponents) > 1:
                 raise UnreadableError("a tower of powers")
             if re.match(rf"[-+\s(]*\d{{{MAX_EXPONENT_DIGITS + 1},}}", text[match.end() :]):
+                raise UnreadableError("a large exponent")
+            base = re.search(r"(\d+)\s*$", text[: match.start()])
+            power = re.match(r"\s*(\d+)", text[match.end() :])
+            digits = len(base.group(1)) * int(power.group(1)) if base and power else 0
+            if exponents and digits > MAX_EXPONENT_DIGITS:
                 raise UnreadableError("a large exponent")
         if token[-1] in "{([":
             depth += 1
@@ -163,6 +171,7 @@ def _for_parser(text: str) -> str:
     text = _QUOTIENT_FACTOR.sub(r"\\frac{\1}{\2} ", text)
     text = re.sub(r"(?<![\d.}^_{])(\d+)\s*(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", text)
     text = re.sub(r"\\log\s+_", r"\\log_", text)
+    text = _FUNCTION_QUOTIENT.sub(r"\1(\2)/", text)
     text = _LETTER_FACTOR.sub(lambda m: m["function"] or rf"{m.group()}\cdot ", text)
     return re.sub(r"\)\s*(?=[(A-Za-z\d]|\\(?!cdot|rfloor|rceil))", r")\\cdot ", text)
 
@@ -281,6 +290,19 @@ def _mpmath(name: str) -> Callable[..., Any]:
     return call
 
 
+def _periodic(name: str) -> Callable[..., Any]:
+    """A function whose value at a huge argument would cost as many digits of pi, and be noise without them."""
+
+    def call(argument: Any) -> Any:
+        import mpmath
+
+        if abs(argument) > mpmath.mpf(10) ** (DIGITS - AGREEMENT):
+            raise ArithmeticError(f"{name} of a huge number")
+        return getattr(mpmath, name)(argument)
+
+    return call
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "Add": lambda *terms: sum(terms),
     "Mul": _product,
@@ -297,7 +319,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "zeta": _mpmath("zeta"),
     "Max": max,
     "Min": min,
-    **{name: _mpmath(name) for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh"]},
-    **{name: _mpmath(name) for name in ["asin", "acos", "atan", "acot"]},
+    **{name: _periodic(name) for name in ["sin", "cos", "tan", "cot", "sec", "csc"]},
+    **{name: _mpmath(name) for name in ["sinh", "cosh", "tanh", "asin", "acos", "atan", "acot"]},
     "UnevaluatedExpr": lambda x: x,
 }

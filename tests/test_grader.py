@@ -8,14 +8,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from mtpo.answers import gold_from_gsm8k, gold_from_solution
 from mtpo.grader import Grade, Grader, GradingOptions, grade, shared_grader
 from mtpo.trajectory import Problem
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+CASES: dict[str, list[dict[str, Any]]] = yaml.safe_load(
+    (Path(__file__).parent / "grading_cases.yaml").read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +144,19 @@ RULES: list[tuple[str, list[str], list[str]]] = [
 def test_rule(grader: Grader, gold: str, right: list[str], wrong: list[str]) -> None:
     assert {answer: verdict(grader, gold, answer) for answer in right} == dict.fromkeys(right, "correct")
     assert {answer: verdict(grader, gold, answer) for answer in wrong} == dict.fromkeys(wrong, "wrong")
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_cases_of_every_kind(grader: Grader, kind: str) -> None:
+    expected = {
+        (case["gold"], answer if case.get("responses") else rf"\boxed{{{answer}}}"): verdict
+        for case in CASES[kind]
+        for verdict, answers in (("correct", case["right"]), ("wrong", case["wrong"]))
+        for answer in answers
+    }
+    grades = grader.grade_many((response, gold) for gold, response in expected)
+    found = dict(zip(expected, (grade.verdict for grade in grades), strict=True))
+    assert {pair for pair in expected if found[pair] != expected[pair]} == set()
 
 
 # Pairs that graders in use have called equal
@@ -279,12 +299,12 @@ def test_shared_cases(grader: Grader) -> None:
     assert sum(not label for _, label, _, _ in wrong) <= 3, wrong
 
 
-def test_no_shared_bomb_takes_longer_than_the_timeout(grader: Grader) -> None:
+def test_no_shared_bomb_costs_the_caller_much(grader: Grader) -> None:
     for case in shared_cases():
         if case["category"] == "dos":
-            start = time.monotonic()
+            start = time.process_time()
             grader.grade(case["response"], case["gold"])
-            assert time.monotonic() - start < grader.timeout_s + 1, case["id"]
+            assert time.process_time() - start < 5, case["id"]
 
 
 def test_every_gold_of_gsm8k_is_found_in_its_own_solution(grader: Grader) -> None:
