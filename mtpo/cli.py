@@ -1,7 +1,8 @@
 """From a config dataclass to a command line, and from an error to one line.
 
 A recipe is a frozen dataclass with every knob, and a function that takes it. Values come from the
-dataclass's defaults, then from `--config FILE.yaml`, then from the flags, the last one winning.
+dataclass's defaults, then from `--config FILE.yaml`, then from the flags, the last one winning. The field
+that the dataclass names in its class variable `FIRST`, if any, may come first, without its flag.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ def parse_config(config_class: type[Config], name: str, argv: Sequence[str] | No
             the dataclass refuses a value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    first = getattr(config_class, "FIRST", None)
+    if first is not None and argv and not argv[0].startswith("-"):
+        argv.insert(0, f"--{first}")
     parser = build_parser(config_class, name)
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")

@@ -1,6 +1,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -97,3 +97,16 @@ def test_interrupt_says_how_to_go_on(capsys) -> None:
 
     assert run_recipe(Config, recipe, "recipes.count", ["--out", "o"]) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_the_option_that_may_come_first_needs_no_flag() -> None:
+    @dataclass(frozen=True)
+    class View:
+        """Look at a run."""
+
+        FIRST: ClassVar = "run"
+        run: str = field(metadata={"help": "run folder"})
+        port: int = field(default=0, metadata={"help": "port"})
+
+    for argv in (["runs/a", "--port", "1"], ["--port", "1", "--run", "runs/a"]):
+        assert parse_config(View, "recipes.view", argv) == View("runs/a", 1)

@@ -1,0 +1,167 @@
+"""Put a report on one page that runs nothing but its own script, and opens no connection.
+
+Whatever comes from a run reaches the page in one of three ways: escaped into the text of the overview, as the text
+of a drawing, which matplotlib escapes, or as base64, which the script unpacks and sets as `textContent`. The security
+policy in the page allows that one script and that one style sheet by their hashes and forbids everything else,
+handing strings to HTML parsers included.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from eval.report.figures import Figure
+from eval.report.records import pack
+from eval.report.sources import Run
+from eval.report.tally import Share, Tally
+from eval.report.tokens import Piece
+from mtpo.runs import read_json
+
+HERE = Path(__file__).parent
+MISSING_PLOTS = "Plots need matplotlib: pip install -e '.[report]', then write the report again."
+
+
+def page(
+    runs: Sequence[Run],
+    tallies: Sequence[Tally],
+    figures: Sequence[Figure],
+    index: Mapping[str, Any],
+    chunks: Sequence[str],
+    pieces: Mapping[int, Piece] | None,
+    notes: Sequence[str],
+) -> list[str]:
+    """The page in parts, to be written one after the other."""
+    script, style = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
+        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    values = {
+        "policy": policy,
+        "title": escape(" and ".join(run.name for run in runs)),
+        "made": _made(runs[0]),
+        "num_trajectories": f"{len(index['rows']['set']):,}",
+        "num_pairs": f"{len(index['pairs']):,}",
+        "table": "".join(_table(tallies)),
+        "paired": "".join(_paired(runs[0])),
+        "figures": "".join(map(_figure, figures)) or f"<p>{escape(MISSING_PLOTS)}</p>",
+        "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
+        "config": escape(json.dumps(runs[0].config, indent=2, ensure_ascii=False)),
+        "style": style,
+        "script": script,
+    }
+    head, tail = (HERE / "page.html").read_text(encoding="utf-8").split("{{data}}")
+    return [_filled(head, values), *_data(index, chunks, pieces), _filled(tail, values)]
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """In one pass, so that nothing filled in is filled in again."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+
+
+def _data(
+    index: Mapping[str, Any], chunks: Sequence[str], pieces: Mapping[int, Piece] | None
+) -> Iterator[str]:
+    named = [("index", pack(index)), ("pieces", pack(pieces))]
+    named += [(f"{('text', 'tokens')[n % 2]}-{n // 2}", chunk) for n, chunk in enumerate(chunks)]
+    for name, content in named:
+        yield f'<script type="application/gzip" id="{name}">{content}</script>\n'
+
+
+def _hash(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _made(run: Run) -> str:
+    """Who made the run, in one line."""
+    path = run.folder / "config.json"
+    record = read_json(path) if path.exists() else {}
+    model, method = run.config.get("model"), run.config.get("method")
+    commit, versions = record.get("git_commit"), record.get("versions", {})
+    parts = [method, model, commit and f"commit {commit[:12]}"]
+    parts += [f"{name} {versions[name]}" for name in ("torch", "transformers", "vllm") if name in versions]
+    return " · ".join(escape(str(part)) for part in parts if part)
+
+
+def _table(tallies: Sequence[Tally]) -> Iterator[str]:
+    """The headline table."""
+    measured = [(t, t.accuracy) for t in tallies if t.accuracy is not None]
+    if not measured:
+        return
+    columns = ["", "correct", "95 % interval", "problems", "trajectories", "pass@k", "used the tool"]
+    columns += ["tool errors", "correct after one", "turns", "tokens"]
+    columns += ["faults"] if (has_faults := any(t.num_faults for t, _ in measured)) else []
+    yield f"<table><thead><tr>{''.join(f'<th scope=col>{c}</th>' for c in columns)}</tr></thead><tbody>"
+    runs = list(dict.fromkeys(tally.run for tally, _ in measured))
+    is_several = len(runs) > 1
+    for tally, accuracy in measured:
+        if is_several and tally.run in runs:
+            runs.remove(tally.run)
+            yield f'<tr class="run"><th scope="rowgroup" colspan="{len(columns)}">{escape(tally.run)}</th></tr>'
+        cells = "".join(f"<td>{cell}</td>" for cell in _cells(tally, accuracy, has_faults))
+        yield f'<tr><th scope="row">{escape(tally.name)}</th>{cells}</tr>'
+    yield "</tbody></table>"
+
+
+def _cells(tally: Tally, accuracy: Share, has_faults: bool) -> list[str]:
+    pass_at = tally.pass_at
+    return [
+        f"<strong>{_percent(accuracy.value, 1)}</strong>",
+        _interval(accuracy),
+        f"{accuracy.num_problems:,}",
+        f"{tally.num_trajectories:,}",
+        f"{_percent(pass_at[1], 1)} <small>k = {pass_at[0]}</small>" if pass_at else "",
+        _percent(tally.num_with_tool, tally.num_counted),
+        _percent(tally.num_failed_calls, tally.num_calls),
+        _percent(tally.num_recovered, tally.num_with_failed_call),
+        f"{tally.num_turns / tally.num_counted:.2f}",
+        f"{tally.num_tokens / tally.num_counted:,.0f}",
+        *([f"{tally.num_faults:,}"] if has_faults else []),
+    ]
+
+
+def _interval(share: Share) -> str:
+    """The interval as numbers, and as a line on a scale from 0 to 100 %."""
+    low, value, high = 100 * share.low, 100 * share.value, 100 * share.high
+    return (
+        f'<svg class="interval" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path class="scale" d="M0 4H100"/><path class="range" d="M{low:.1f} 4H{high:.1f}"/>'
+        f'<path class="value" d="M{value:.1f} 1V7"/></svg>{low:.1f} to {high:.1f}'
+    )
+
+
+def _paired(run: Run) -> Iterator[str]:
+    """What the run's summary says of two models on the same problems."""
+    path = run.folder / "summary.json"
+    summary = read_json(path) if path.exists() else {}
+    paired = summary.get("paired") or {}
+    if "improved" in paired:
+        names = [stage.get("name", "") for stage in summary.get("stages", [{}])]
+        paired = {f"{names[-1]} against {names[0]}, greedy": paired}
+    for name, test in paired.items():
+        if {"improved", "worsened", "z", "p"} <= test.keys():
+            yield (
+                f"<p><b>{escape(str(name))}</b>, problem by problem: {test['improved']} improved, "
+                f"{test['worsened']} worsened (McNemar: z = {test['z']:.1f}, p = {test['p']:.2g}).</p>"
+            )
+
+
+def _figure(figure: Figure) -> str:
+    wide = ' class="wide"' if figure.is_wide else ""
+    drawing = figure.svg.replace("<svg ", f'<svg aria-label="{escape(figure.title)}" ', 1)
+    return (
+        f"<figure{wide}><figcaption><h3>{escape(figure.title)}</h3><p>{escape(figure.note)}</p></figcaption>"
+        f"{drawing}</figure>"
+    )
+
+
+def _percent(part: float, whole: float) -> str:
+    """Empty where there is nothing to take a share of."""
+    return f"{100 * part / whole:.1f}%" if whole else ""
