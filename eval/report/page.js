@@ -603,7 +603,10 @@ async function start() {
   addEventListener("pointerover", showTip);
   readAddress();
   show();
-  document.documentElement.dataset.ready = "yes";
+  requestAnimationFrame(() => setTimeout(() => { // after the first frame that shows it all
+    performance.mark("ready");
+    document.documentElement.dataset.ready = "yes";
+  }));
 }
 start();
 })();
