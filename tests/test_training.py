@@ -62,7 +62,7 @@ def softplus(x: float) -> float:
     return math.log1p(math.exp(x))
 
 
-PAIRED: list[tuple[str, dict[str, float], Callable[[float, float], float]]] = [
+PAIRED: list[tuple[str, dict[str, Any], Callable[[float, float], float]]] = [
     ("dpo", {}, lambda d, nll: softplus(-0.1 * d)),
     ("dpo", {"beta": 0.7}, lambda d, nll: softplus(-0.7 * d)),
     ("dpo", {"label_smoothing": 0.2}, lambda d, nll: 0.8 * softplus(-0.1 * d) + 0.2 * softplus(0.1 * d)),
@@ -70,6 +70,7 @@ PAIRED: list[tuple[str, dict[str, float], Callable[[float, float], float]]] = [
     ("cdpo", {}, lambda d, nll: 0.9 * softplus(-0.1 * d) + 0.1 * softplus(0.1 * d)),
     ("ipo", {}, lambda d, nll: (d - 5) ** 2),
     ("ipo", {"tau": 0.5}, lambda d, nll: (d - 1) ** 2),
+    ("ipo", {"tau": 0.5, "normalize": True}, lambda d, nll: (d - 1) ** 2),
     ("slic", {}, lambda d, nll: max(0.0, 1 - 0.1 * d)),
     ("squared", {}, lambda d, nll: (0.1 * d - 1) ** 2),
     ("exponential", {}, lambda d, nll: math.exp(-0.1 * d)),
@@ -82,7 +83,7 @@ PAIRED: list[tuple[str, dict[str, float], Callable[[float, float], float]]] = [
     ("method", "options", "by_hand"), PAIRED, ids=[f"{m}-{''.join(o) or 'default'}" for m, o, _ in PAIRED]
 )
 def test_paired_loss_of_the_first_step_by_hand(
-    method: str, options: dict[str, float], by_hand: Callable[[float, float], float], tmp_path: Path
+    method: str, options: dict[str, Any], by_hand: Callable[[float, float], float], tmp_path: Path
 ) -> None:
     policy, reference, rows = (
         tiny_model("llama", std=0.2),
@@ -92,10 +93,15 @@ def test_paired_loss_of_the_first_step_by_hand(
     expected, margins = 0.0, []
     for row in rows:
         rho_w, rho_l = log_ratios(policy, reference, row)
+        if options.get("normalize"):
+            rho_w /= sum(row["chosen_completion_mask"])
+            rho_l /= sum(row["rejected_completion_mask"])
         nll = -naive_sum(policy, row, "chosen_") / sum(row["chosen_completion_mask"])
         expected += by_hand(rho_w - rho_l, nll) / 3
         margins.append(rho_w - rho_l)
-    assert max(map(abs, margins)) > 1  # otherwise every loss would be f(0)
+    assert max(map(abs, margins)) > (
+        0.1 if options.get("normalize") else 1
+    )  # otherwise every loss would be f(0)
     result = train(
         policy, rows, settings(method, STILL, **options), tmp_path, reference_model=reference, progress=False
     )

@@ -62,7 +62,9 @@ def test_settings_refuse_what_is_wrong_or_without_effect(options: dict[str, Any]
 
 
 def test_every_method_runs_on_its_defaults() -> None:
-    assert settings("dpo").options == {"beta": 0.1, "label_smoothing": 0.0, "nll_coef": 0.0}
+    of_pairs = {"label_smoothing": 0.0, "nll_coef": 0.0, "normalize": False}
+    assert settings("dpo").options == {"beta": 0.1} | of_pairs
+    assert settings("ipo", normalize=True).options == {"tau": 0.1} | of_pairs | {"normalize": True}
     assert settings("cdpo").options["label_smoothing"] == 0.1
     assert settings("kto", lambda_neg=2.0).options == {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 2.0}
     assert {name for name, method in METHODS.items() if not method.needs_reference} == {"sft", "raft"}

@@ -40,6 +40,11 @@ class Scores:
         assert self.ref_sums is not None
         return self.sums - self.ref_sums
 
+    @property
+    def num_tokens(self) -> Tensor:
+        """(N,), action tokens of each trajectory."""
+        return self.mask.sum(-1)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -60,10 +65,11 @@ def sft(scores: Scores, options: Options) -> LossOut:
 
 
 def paired(scores: Scores, options: Options, kind: str) -> LossOut:
-    rho_w, rho_l = scores.rho.chunk(2)
-    chosen_sums, num_chosen_tokens = scores.sums.chunk(2)[0], scores.mask.chunk(2)[0].sum(-1)
-    nll = -chosen_sums / num_chosen_tokens if options["nll_coef"] else None
-    return paired_loss(rho_w, rho_l, kind, nll=nll, **options)  # pyright: ignore[reportArgumentType]
+    rho = scores.rho / scores.num_tokens if options["normalize"] else scores.rho
+    nll = -(scores.sums / scores.num_tokens).chunk(2)[0] if options["nll_coef"] else None
+    rho_w, rho_l = rho.chunk(2)
+    of_loss: Options = {name: value for name, value in options.items() if name != "normalize"}
+    return paired_loss(rho_w, rho_l, kind, nll=nll, **of_loss)  # pyright: ignore[reportArgumentType]
 
 
 def kto(scores: Scores, options: Options) -> LossOut:
@@ -71,14 +77,15 @@ def kto(scores: Scores, options: Options) -> LossOut:
     return kto_loss(scores.rho, scores.labels, scores.z0, **options)
 
 
-PAIRED = {"beta": 0.1, "label_smoothing": 0.0, "nll_coef": 0.0}
+OF_PAIRS = {"label_smoothing": 0.0, "nll_coef": 0.0, "normalize": False}
+PAIRED = {"beta": 0.1} | OF_PAIRS
 
 METHODS: dict[str, Method] = {
     "sft": Method("single", sft),
     "raft": Method("single", sft),  # SFT on the correct trajectories of the current policy
     "dpo": Method("pair", partial(paired, kind="logistic"), PAIRED),
     "cdpo": Method("pair", partial(paired, kind="logistic"), PAIRED | {"label_smoothing": 0.1}),
-    "ipo": Method("pair", partial(paired, kind="ipo"), {"tau": 0.1, "label_smoothing": 0.0, "nll_coef": 0.0}),
+    "ipo": Method("pair", partial(paired, kind="ipo"), {"tau": 0.1} | OF_PAIRS),
     "slic": Method("pair", partial(paired, kind="hinge"), PAIRED),
     "exponential": Method("pair", partial(paired, kind="exponential"), PAIRED),
     "truncated_quadratic": Method("pair", partial(paired, kind="truncated_quadratic"), PAIRED),

@@ -19,13 +19,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "nll_coef": (0, float("inf")),
     "lambda_pos": (0, float("inf")),
     "lambda_neg": (0, float("inf")),
+    "normalize": (False, True),
 }
 """Of the options that only some methods have; beta and tau must also differ from 0."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train. The six options from `beta` to `lambda_neg` are None for the method's own default.
+    """How to train. The options from `beta` to `normalize` are None for the method's own default.
 
     Raises:
         InputError: a value is out of range, or is set although the method does not use it.
@@ -48,6 +49,10 @@ class TrainingSettings:
     )
     lambda_neg: float | None = field(
         default=None, metadata={"help": "weight of undesirable trajectories in kto"}
+    )
+    normalize: bool | None = field(
+        default=None,
+        metadata={"help": "true: divide what a trajectory counts by its number of action tokens"},
     )
     mask: Mask = field(
         default="action",
@@ -105,6 +110,8 @@ class TrainingSettings:
         if name not in self.recipe.defaults:
             used = ", ".join(self.recipe.defaults) or "none of these options"
             raise InputError(f"{name} has no effect on method {self.method!r}, which uses {used}")
+        if isinstance(self.recipe.defaults[name], bool) != isinstance(value, bool):
+            raise InputError(f"{name} is {value!r}, expected {type(self.recipe.defaults[name]).__name__}")
         if not low <= value <= high or (name in ("beta", "tau") and value == 0):
             raise InputError(f"{name} is {value}, expected a number from {low} to {high}")
 
