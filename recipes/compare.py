@@ -1,6 +1,6 @@
 """Compare evaluations of the same problems: each run with the first one, paired by problem.
 
-    python -m recipes.compare --runs runs/eval-sft runs/eval-dpo runs/eval-kto --out runs/comparison
+    python -m recipes.compare runs/eval-sft runs/eval-dpo runs/eval-kto --out runs/comparison
 
 OUT/comparison.json holds scores, differences with 95 % intervals and p-values (exact McNemar for one trajectory a
 problem, else an exact permutation test; corrected by Holm for the number of runs), OUT/comparison.md the problems that
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from eval.comparison import Run, compare_runs, comparison_page
 from mtpo.cli import run_recipe
@@ -22,7 +23,12 @@ from mtpo.runs import RunFolder, write_json
 class Config:
     """Compare evaluations of the same problems."""
 
-    runs: list[str] = field(metadata={"help": "folders of recipes.evaluate; each is compared with the first"})
+    FIRST: ClassVar = "runs"
+    runs: list[str] = field(
+        metadata={
+            "help": "folders of recipes.evaluate, each compared with the first; may come without --runs"
+        }
+    )
     out: str = field(metadata={"help": "run folder"})
     common: bool = field(
         default=False, metadata={"help": "compare runs over different problems on those that they share"}

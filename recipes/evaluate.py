@@ -26,6 +26,7 @@ from eval.evaluate import Evaluation, metrics, summarize
 from eval.lineage import Lineage, lineage_of
 from eval.metrics import PairedTest, paired_test
 from eval.predictions import by_problem, is_equivalent, predictions_of
+from eval.report import write_report
 from eval.sources import Sources, compare_flags, match_problems, readme
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
@@ -108,6 +109,7 @@ def run_evaluation(config: Config) -> str:
     accuracy = results.evaluation.accuracy
     paired = {c.before: {k: v for k, v in c.to_json().items() if k != "changed"} for c in results.comparisons}
     folder.finish({"accuracy": accuracy.value, "paired": paired})
+    write_report(folder.path)
     figures = folder.path / "metrics.json"
     return f"accuracy {str(accuracy).strip()} on {accuracy.num_problems} problems; all figures in {figures}"
 
@@ -205,7 +207,7 @@ def conclude(
         comparisons=[comparison.to_json() for comparison in comparisons],
         sources=None if sources is None else sources.to_json(),
     )
-    write_json(folder / "metrics.json", found)
+    write_json(folder / "metrics.json", found | {"table": results.table()})
     return results
 
 
