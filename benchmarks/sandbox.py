@@ -15,13 +15,13 @@ import asyncio
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.command import at_least, describe_machine
 from benchmarks.crowd import open_at_once
 from benchmarks.figures import Figures, measure
 from benchmarks.maths import maths_trajectories
@@ -103,27 +103,6 @@ def bars(best: dict[str, Figures | str]) -> Iterator[tuple[str, float, float, bo
     ):
         assert value is not None  # ours has every figure
         yield f"{name} <=", value, bar, value <= bar
-
-
-def describe_machine() -> dict[str, object]:
-    return {
-        "processors": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "is_root": os.geteuid() == 0,
-    }
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer that is not below `minimum`."""
-
-    def integer(text: str) -> int:
-        if (value := int(text)) < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
-        return value
-
-    return integer
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
