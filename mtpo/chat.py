@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from mtpo.answers import boxed_in_prose
 from mtpo.errors import InputError, TemplateError
@@ -107,7 +107,7 @@ class ChatFormat:
     """Control tokens, and text that the template ends turns with; none is ever made of a message's text."""
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: Any, *, tool_role: Literal["user", "tool"] | None = None) -> ChatFormat:
+    def for_tokenizer(cls, tokenizer: Any, *, tool_role: Literal["user", "tool"] | None = None) -> Self:
         """Measure the tokenizer's chat template.
 
         Args:
@@ -180,10 +180,10 @@ class ChatFormat:
 
     def action_text(self, ids: Sequence[int]) -> str:
         """What the model wrote in one turn, without the id that ended it."""
-        content = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
-        return self.tokenizer.decode(
-            list(content), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        content = list(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+        if (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
+            return backend.decode(content, skip_special_tokens=False)  # the same text, less ceremony
+        return self.tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def import_messages(self, messages: Sequence[Message]) -> tuple[Segment, ...]:
         """Render a finished conversation of others turn by turn, every assistant turn ended by the end-of-turn id.

@@ -195,18 +195,20 @@ async def rollout(
     )
     player = _Player(engine, interpreter, chat, decoding, limits, seed, system, policy, iteration, tree)
     running: set[asyncio.Task[list[Trajectory]]] = set()
+    finished: asyncio.Queue[asyncio.Task[list[Trajectory]]] = asyncio.Queue()
     try:
         while True:
             room = max_in_flight // width - len(running)
             for block in itertools.islice(blocks, 0 if is_stopping() else max(room, not running)):
-                running.add(asyncio.create_task(player.play_block(*block)))
+                task = asyncio.create_task(player.play_block(*block))
+                task.add_done_callback(finished.put_nowait)
+                running.add(task)
             if not running:
                 return
-            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in [t for t in running if t.done()]:
-                running.discard(task)
-                for trajectory in task.result():
-                    yield trajectory
+            task = await finished.get()
+            running.discard(task)
+            for trajectory in task.result():
+                yield trajectory
     finally:
         for task in running:
             task.cancel()

@@ -32,7 +32,7 @@ def grouped_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(softcap * tanh(q k^T * scaling / softcap) + mask) v: an attention function of transformers, for inference.
+    """softmax(softcap * tanh(q k^T * scaling / softcap) + mask) v: a transformers attention function, for inference.
 
     Returns:
         (B, T, heads, D); the weights are not kept.
