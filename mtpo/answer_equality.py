@@ -37,6 +37,7 @@ from mtpo.answer_forms import (
 )
 from mtpo.answer_text import split_top, squash
 from mtpo.answer_units import Measured, measured, units_conflict
+from mtpo.constants import equal_constants
 from mtpo.exact_numbers import DECIMAL, Number, TooLargeError, parse_number
 from mtpo.real_sets import Piece, looks_like_set, parse_set
 from mtpo.symbolic_equality import UnreadableError, check_readable
@@ -338,9 +339,12 @@ class _Comparison:
             check_readable(answer)
         except UnreadableError:
             return Decision(False, "unreadable")
+        within = float(PAPER_CONSTANTS) if self._paper_tolerance else 0.0
+        if (equal := equal_constants(gold, answer, within)) is not None:
+            return Decision(equal, "constant")
         if self._symbolic is None:
             return Decision(None, "symbolic")
-        equal = self._symbolic(gold, answer, float(PAPER_CONSTANTS) if self._paper_tolerance else 0.0)
+        equal = self._symbolic(gold, answer, within)
         return Decision(False, "unreadable") if equal is None else Decision(equal, "symbolic")
 
     def _in_order(self, gold: list[str], answer: list[str], rule: str) -> Decision:

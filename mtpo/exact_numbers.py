@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, ClassVar
 
 MAX_BITS = 60_000
 MAX_FACTORIAL = 3000
@@ -22,7 +23,7 @@ FLOAT_DIGITS = 12
 FLOAT_NOISE = Fraction(1, 10**12)
 """Relative error that arithmetic in float64 leaves, generously."""
 
-_TOKEN = re.compile(
+TOKEN = re.compile(
     r"\s*(?:(?P<repeating>\d*\.\d*\\(?:overline|bar)\{\d+\})"
     r"|(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
     r"|(?P<command>\\[A-Za-z]+)|(?P<symbol>[-+*/^!(){}\[\]]))"
@@ -65,7 +66,7 @@ class Number:
         return Number(self.value * factor, self.last_digit and self.last_digit * abs(factor))
 
 
-class _Unreadable(Exception):
+class NoNumberError(Exception):
     """Not an arithmetic expression of rational numbers."""
 
 
@@ -81,14 +82,19 @@ def parse_number(text: str) -> Number | None:
         sign, *parts = mixed.groups()
         whole, numerator, denominator = map(int, parts)
         return _mixed_number(whole, Fraction(numerator, denominator), sign) if denominator else None
-    if _SPACED_THOUSANDS.fullmatch(text):
-        text = text.replace(" ", "")
-    text = _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+    text = without_separators(text)
     try:
-        value = _Reader(_tokens(text)).read()
-    except (_Unreadable, ZeroDivisionError):
+        value = Reader(tokenize(text)).read()
+    except (NoNumberError, ZeroDivisionError):
         return None
     return Number(value, _last_digit(text))
+
+
+def without_separators(text: str) -> str:
+    """Thousands without commas or spaces between them."""
+    if _SPACED_THOUSANDS.fullmatch(text):
+        text = text.replace(" ", "")
+    return _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
 
 
 def _mixed_number(whole: int, part: Fraction, sign: str) -> Number | None:
@@ -109,31 +115,43 @@ def _last_digit(text: str) -> Fraction | None:
     return Fraction(10) ** (exponent - len(decimals))
 
 
-def _tokens(text: str) -> list[str]:
-    tokens, position, text = [], 0, text.rstrip()
+def tokenize(text: str, pattern: re.Pattern[str] = TOKEN) -> list[str]:
+    """The tokens of a text that holds nothing else.
+
+    Raises:
+        NoNumberError: it holds something else.
+        TooLargeError: there are more than `MAX_TOKENS`.
+    """
+    found, position, text = [], 0, text.rstrip()
     while position < len(text):
-        match = _TOKEN.match(text, position)
+        match = pattern.match(text, position)
         if match is None:
-            raise _Unreadable
-        tokens.append(match.group().strip())
+            raise NoNumberError
+        found.append(match.group().strip())
         position = match.end()
-        if len(tokens) > MAX_TOKENS:
+        if len(found) > MAX_TOKENS:
             raise TooLargeError(f"more than {MAX_TOKENS} numbers and signs")
-    return tokens
+    return found
 
 
-class _Reader:
-    """One pass over the tokens; every method leaves `position` after what it read."""
+class Reader:
+    """One pass over the tokens; every method leaves `position` after what it read.
+
+    The values are `Fraction`s here; `mtpo.constants` overrides the methods below for others.
+    """
+
+    FACTORS: ClassVar[frozenset[str]] = frozenset({"(", "[", "\\frac", "\\sqrt", "\\binom"})
+    """Tokens that multiply what stands before them without a sign."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
         self.position = 0
         self.depth = 0
 
-    def read(self) -> Fraction:
+    def read(self) -> Any:
         value = self._sum()
         if self.position != len(self.tokens):
-            raise _Unreadable
+            raise NoNumberError
         return value
 
     def _peek(self) -> str:
@@ -142,22 +160,59 @@ class _Reader:
     def _take(self, *expected: str) -> str:
         token = self._peek()
         if not token or (expected and token not in expected):
-            raise _Unreadable
+            raise NoNumberError
         self.position += 1
         return token
 
-    def _sum(self) -> Fraction:
+    def check(self, value: Any) -> None:
+        """
+        Raises:
+            TooLargeError: the value is beyond what is computed.
+        """
+        if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
+            raise TooLargeError(f"more than {MAX_BITS} bits")
+
+    def rational(self, value: Fraction) -> Any:
+        return value
+
+    def integer(self, value: Any) -> int:
+        """
+        Raises:
+            NoNumberError: the value is none.
+        """
+        if value.denominator != 1:
+            raise NoNumberError
+        return int(value)
+
+    def mixed(self, whole: Fraction) -> Any:
+        r"""Where a fraction follows a whole number: $3\frac{1}{2}$ is 3 + 1/2."""
+        part = self._atom()
+        if not 0 <= part < 1:
+            raise NoNumberError
+        return whole + part
+
+    def root(self, value: Any, degree: int) -> Any:
+        return _root(value, degree)
+
+    def power(self, base: Any, exponent: Any) -> Any:
+        return _power(base, exponent)
+
+    def named(self, token: str) -> Any:
+        """The value of a token that is no number, bracket or operation."""
+        raise NoNumberError
+
+    def _sum(self) -> Any:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooLargeError(f"nested more than {MAX_DEPTH} deep")
         value = self._product()
         while self._peek() in ("+", "-"):
             value = value + self._product() if self._take() == "+" else value - self._product()
-            _check_size(value)
+            self.check(value)
         self.depth -= 1
         return value
 
-    def _product(self) -> Fraction:
+    def _product(self) -> Any:
         value = self._signed()
         divided = False
         while token := self._peek():
@@ -166,33 +221,34 @@ class _Reader:
                 factor = self._signed()
                 value = value / factor if token == "/" else value * factor
                 divided = token == "/"
-            elif token in ("(", "[", "\\frac", "\\sqrt", "\\binom") and not divided:
+            elif token in self.FACTORS and not divided:
                 value *= self._power()  # after a division, 1/2(3) could mean either
             else:
                 break
-            _check_size(value)
+            self.check(value)
         return value
 
-    def _signed(self) -> Fraction:
+    def _signed(self) -> Any:
         sign = 1
         while self._peek() in ("+", "-"):
             sign = -sign if self._take() == "-" else sign
         return sign * self._power()
 
-    def _power(self) -> Fraction:
+    def _power(self) -> Any:
         value = self._atom()
         if self._peek() == "!":  # n!! is another function, and not read
             self._take()
-            value = _factorial(value)
+            value = self.rational(_factorial(self.integer(value)))
         if self._peek() == "^":
             self._take()
             self._take("{")
             exponent = self._sum()
             self._take("}")
-            value = _power(value, exponent)
+            value = self.power(value, exponent)
+            self.check(value)
         return value
 
-    def _atom(self) -> Fraction:
+    def _atom(self) -> Any:
         token = self._take()
         if token in ("(", "[", "{"):
             value = self._sum()
@@ -202,41 +258,33 @@ class _Reader:
             numerator = self._group()
             return numerator / self._group()
         if token == "\\binom":
-            return _binomial(self._group(), self._group())
+            n, k = self.integer(self._group()), self.integer(self._group())
+            return self.rational(_binomial(n, k))
         if token == "\\sqrt":
-            degree = Fraction(2)
+            degree = 2
             if self._peek() == "[":
                 self._take()
-                degree = self._sum()
+                degree = self.integer(self._sum())
                 self._take("]")
-            if degree.denominator != 1 or not 2 <= degree <= MAX_ROOT:
-                raise _Unreadable
-            return _root(self._group(), int(degree))
+            if not 2 <= degree <= MAX_ROOT:
+                raise NoNumberError
+            return self.root(self._group(), degree)
         if token[0].isdigit() or token[0] == ".":
             return self._literal(token)
-        raise _Unreadable
+        return self.named(token)
 
-    def _group(self) -> Fraction:
+    def _group(self) -> Any:
         self._take("{")
         value = self._sum()
         self._take("}")
         return value
 
-    def _literal(self, token: str) -> Fraction:
+    def _literal(self, token: str) -> Any:
         if "\\" in token:
-            return _repeating(token)
+            return self.rational(_repeating(token))
         value = _decimal(token)
-        if self._peek() == "\\frac" and token.isdigit():  # 3\frac{1}{2} is 3 + 1/2
-            part = self._atom()
-            if not 0 <= part < 1:
-                raise _Unreadable
-            return value + part
-        return value
-
-
-def _check_size(value: Fraction) -> None:
-    if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
-        raise TooLargeError(f"more than {MAX_BITS} bits")
+        is_mixed = self._peek() == "\\frac" and token.isdigit()
+        return self.mixed(value) if is_mixed else self.rational(value)
 
 
 def _decimal(token: str) -> Fraction:
@@ -256,29 +304,29 @@ def _repeating(token: str) -> Fraction:
     return Fraction(int(whole + decimals or "0"), 10 ** len(decimals)) + Fraction(int(period), nines)
 
 
-def _factorial(value: Fraction) -> Fraction:
-    if value.denominator != 1 or value < 0:
-        raise _Unreadable
+def _factorial(value: int) -> Fraction:
+    if value < 0:
+        raise NoNumberError
     if value > MAX_FACTORIAL:
         raise TooLargeError(f"the factorial of more than {MAX_FACTORIAL}")
-    return Fraction(math.factorial(int(value)))
+    return Fraction(math.factorial(value))
 
 
-def _binomial(n: Fraction, k: Fraction) -> Fraction:
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n:
-        raise _Unreadable
+def _binomial(n: int, k: int) -> Fraction:
+    if not 0 <= k <= n:
+        raise NoNumberError
     if n > MAX_FACTORIAL:
         raise TooLargeError(f"a binomial of more than {MAX_FACTORIAL}")
-    return Fraction(math.comb(int(n), int(k)))
+    return Fraction(math.comb(n, k))
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
         if exponent.denominator > MAX_ROOT:
-            raise _Unreadable
+            raise NoNumberError
         base = _root(base, exponent.denominator)
     if base == 0 and exponent <= 0:
-        raise _Unreadable
+        raise NoNumberError
     power = exponent.numerator
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(base) != 1 and base != 0 and bits * abs(power) > MAX_BITS:
@@ -289,7 +337,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 def _root(value: Fraction, degree: int) -> Fraction:
     """The root if it is rational; a negative number has none here."""
     if value < 0:
-        raise _Unreadable
+        raise NoNumberError
     return Fraction(_integer_root(value.numerator, degree), _integer_root(value.denominator, degree))
 
 
@@ -303,5 +351,5 @@ def _integer_root(value: int, degree: int) -> int:
             low, high = (middle, high) if middle**degree <= value else (low, middle - 1)
         root = low
     if root**degree != value:
-        raise _Unreadable
+        raise NoNumberError
     return root

@@ -120,13 +120,14 @@ def equal_expressions(gold: str, answer: str, constants_within: float = 0.0) -> 
             if constants_within and not any(_has_variables(side) for side in sides):
                 digits = -math.log10(constants_within)
             else:
-                digits = _agreement(gold, answer)
+                digits = agreement(gold, answer)
             return _same_values(*sides, digits=digits)
         except UnreadableError:
             return None
 
 
-def _agreement(*texts: str) -> int:
+def agreement(*texts: str) -> int:
+    """To how many digits the values of two texts must agree."""
     return FLOAT_AGREEMENT if any(_LONG_FLOAT.search(text) for text in texts) else AGREEMENT
 
 
@@ -185,7 +186,7 @@ def _same_values(gold: Any, answer: Any, digits: float) -> bool | None:
             continue
         if not is_positive and any(abs(value.imag) > 1e-30 * (1 + abs(value)) for value in pair):
             continue
-        if not _agree(*pair, digits):
+        if not agree(*pair, digits):
             return False
         compared += 1
     return True if compared > 1 else None
@@ -201,18 +202,18 @@ def _same_ratio(gold: tuple[Any, Any], answer: tuple[Any, Any]) -> bool | None:
         values = [_evaluate(side, point) for side in (*gold, *answer)]
         if any(value is None for value in values):
             continue
-        if _agree(values[0], values[1], AGREEMENT) or _agree(values[2], values[3], AGREEMENT):
+        if agree(values[0], values[1], AGREEMENT) or agree(values[2], values[3], AGREEMENT):
             return False
         differences.append((values[0] - values[1], values[2] - values[3]))
     if len(differences) < 2:
         return None
     first, *others = differences
-    if all(_agree(first[0], other[0], AGREEMENT) for other in others):
+    if all(agree(first[0], other[0], AGREEMENT) for other in others):
         return False
-    return all(_agree(first[0] * other[1], first[1] * other[0], AGREEMENT) for other in others)
+    return all(agree(first[0] * other[1], first[1] * other[0], AGREEMENT) for other in others)
 
 
-def _agree(a: Any, b: Any, digits: float) -> bool:
+def agree(a: Any, b: Any, digits: float) -> bool:
     """Relatively to so many digits, or both vanish: values that cancel leave an error of the working precision."""
     from mpmath import mpf
 

@@ -22,7 +22,7 @@ from mtpo.grader import Grade, Grader, decide_here, grade
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
-HARD = (r"\boxed{\sqrt{50}}", r"5\sqrt{2}")
+HARD = (r"\boxed{\sqrt{50}x}", r"5\sqrt{2}x")
 """A pair that only algebra decides."""
 
 SLOW = rf"\boxed{{\max({'x,' * 280}x)}}"
@@ -152,7 +152,7 @@ def test_what_the_caller_does_itself_is_bounded(
 def test_a_comparison_beyond_its_deadline_is_ungraded() -> None:
     with Grader(workers=1, timeout_s=0.001) as grader:
         grade = grader.grade(*HARD)
-        assert (grade.verdict, grade.answer) == ("ungraded", r"\sqrt{50}")
+        assert (grade.verdict, grade.answer) == ("ungraded", r"\sqrt{50}x")
         assert grade.rule in ("timeout", "wall_timeout")
 
 
@@ -163,14 +163,14 @@ def test_the_deadline_ends_a_worker_deep_in_the_parser() -> None:
         slow = grader.grade(SLOW, r"\sqrt{3} + x")
         assert (slow.verdict, slow.rule) == ("ungraded", "timeout")
         assert time.process_time() - start < 0.3  # the caller only waits
-        assert grader.grade(r"\boxed{\sqrt{72}}", r"6\sqrt{2}").verdict == "correct"
+        assert grader.grade(r"\boxed{\sqrt{72}x}", r"6\sqrt{2}x").verdict == "correct"
 
 
 @needs_proc
 def test_closing_leaves_no_process() -> None:
     before = set(descendants(os.getpid()))
     with Grader(workers=2) as grader:
-        grader.grade_many([(rf"\boxed{{\sqrt{{{n * n * 2}}}}}", rf"{n}\sqrt{{2}}") for n in range(3, 9)])
+        grader.grade_many([(rf"\boxed{{\sqrt{{{n * n * 2}}}x}}", rf"{n}\sqrt{{2}}x") for n in range(3, 9)])
         assert len(set(descendants(os.getpid())) - before) == 3  # the zygote and two workers
     assert set(descendants(os.getpid())) <= before
 
@@ -179,7 +179,7 @@ def test_closing_leaves_no_process() -> None:
 def test_a_caller_that_is_killed_leaves_no_process() -> None:
     code = (
         "import os, sys; from mtpo.grader import grade;"
-        r"print(grade(r'\boxed{\sqrt{50}}', r'5\sqrt{2}').verdict, flush=True); sys.stdin.read()"
+        r"print(grade(r'\boxed{\sqrt{50}x}', r'5\sqrt{2}x').verdict, flush=True); sys.stdin.read()"
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -207,7 +207,7 @@ def test_killed_workers_lose_nothing(grader: Grader) -> None:
     killed: set[int] = set()
     first = 2
     while len(killed) < 4:  # however fast the machine is: batch after batch of pairs not seen before
-        pairs = [(rf"\boxed{{\sqrt{{{n * n * 3}}}}}", rf"{n}\sqrt{{3}}") for n in range(first, first + 60)]
+        pairs = [(rf"\boxed{{\sqrt{{{n * n * 3}}}x}}", rf"{n}\sqrt{{3}}x") for n in range(first, first + 60)]
         first += len(pairs)
         grades: list[Grade] = []
         batch = threading.Thread(
@@ -233,14 +233,14 @@ def test_a_killed_zygote_is_replaced(grader: Grader) -> None:
     assert zygote is not None
     for pid in [*descendants(zygote.pid), zygote.pid]:
         os.kill(pid, signal.SIGKILL)
-    assert grader.grade(r"\boxed{\sqrt{98}}", r"7\sqrt{2}").verdict == "correct"
+    assert grader.grade(r"\boxed{\sqrt{98}x}", r"7\sqrt{2}x").verdict == "correct"
 
 
 def test_grading_in_threads(grader: Grader) -> None:
     verdicts: dict[int, str] = {}
 
     def work(n: int) -> None:
-        verdicts[n] = grader.grade(rf"\boxed{{\sqrt{{{n * n * 5}}}}}", rf"{n}\sqrt{{5}}").verdict
+        verdicts[n] = grader.grade(rf"\boxed{{\sqrt{{{n * n * 5}}}x}}", rf"{n}\sqrt{{5}}x").verdict
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(2, 10)]
     for thread in threads:
