@@ -29,7 +29,7 @@ from mtpo.errors import InputError
 
 Row = dict[str, Any]
 RowKind = Literal["single", "label", "pair"]
-Mask = Literal["action", "none"]
+Mask = Literal["action", "none", "last_turn"]
 
 COLUMNS: dict[RowKind, dict[str, type]] = {
     "single": {"problem_id": str, "sample": int, "input_ids": list, "completion_mask": list},
@@ -136,20 +136,34 @@ def row_length(row: Row) -> int:
 
 
 def masked_rows(rows: Sequence[Row], mask: Mask) -> list[Row]:
-    """The rows under a mask: "action" leaves them as they are, "none" counts everything after the prompt.
+    """The rows, and those under their `mismatched`, with another mask.
 
-    "none" is the single-turn baseline of the multi-turn papers: tool output and turn headers are trained too.
+    "action" leaves them as they are. "none" counts everything after the prompt: the single-turn baseline of the
+    multi-turn papers, which trains tool output and turn headers too. "last_turn" counts what the model sampled
+    after the last tool output, as trainers do that take the conversation so far for the prompt; the prompt of
+    such a row, to `prompt_ids`, then ends there.
     """
     if mask == "action":
         return list(rows)
-    unmasked = []
+    masked = []
     for row in rows:
-        masks = {}
-        for side in sides(row):
-            start, length = len(prompt_ids(row, side)), len(row[f"{side}input_ids"])
-            masks[f"{side}completion_mask"] = [0] * start + [1] * (length - start)
-        unmasked.append(row | masks)
-    return unmasked
+        columns: Row = {
+            f"{side}completion_mask": _masked(row[f"{side}completion_mask"], mask) for side in sides(row)
+        }
+        if "mismatched" in row:
+            columns["mismatched"] = masked_rows([row["mismatched"]], mask)[0]
+        masked.append(row | columns)
+    return masked
+
+
+def _masked(completion_mask: Sequence[int], mask: Mask) -> list[int]:
+    if mask == "none":
+        start, end = completion_mask.index(1), len(completion_mask)
+    else:
+        from_the_end = list(reversed(completion_mask))
+        end = len(completion_mask) - from_the_end.index(1)
+        start = max((place + 1 for place in range(end) if not completion_mask[place]), default=0)
+    return [int(start <= place < end) for place in range(len(completion_mask))]
 
 
 @dataclass(frozen=True)

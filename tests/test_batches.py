@@ -93,9 +93,21 @@ def test_without_the_mask_everything_after_the_prompt_counts() -> None:
     assert single["completion_mask"] == [0, 0, 1, 1, 1, 1]
     (pair,) = masked_rows([PAIR], "none")
     assert pair["rejected_completion_mask"] == [0, 0, 1, 1, 1]
+    (around,) = masked_rows([SINGLE | {"mismatched": SINGLE}], "none")
+    assert around["mismatched"]["completion_mask"] == [0, 0, 1, 1, 1, 1]
     assert SINGLE["completion_mask"] == [0, 0, 1, 0, 0, 1]
     assert masked_rows([SINGLE], "action") == [SINGLE]
     assert prompt_ids(single) == [2, 11]
+
+
+def test_the_last_turn_is_what_follows_the_last_tool_output() -> None:
+    (pair,) = masked_rows([PAIR], "last_turn")
+    assert pair["chosen_completion_mask"] == [0, 0, 1, 1]  # a single turn is the last one
+    assert pair["rejected_completion_mask"] == [0, 0, 0, 0, 1]
+    three_turns = SINGLE | {"input_ids": [2] * 9, "completion_mask": [0, 1, 1, 0, 1, 0, 1, 1, 0]}
+    (single,) = masked_rows([SINGLE | {"mismatched": three_turns}], "last_turn")
+    assert single["completion_mask"] == [0, 0, 0, 0, 0, 1]
+    assert single["mismatched"]["completion_mask"] == [0, 0, 0, 0, 0, 0, 1, 1, 0]
 
 
 def test_single_collator_pads_on_the_right() -> None:

@@ -134,19 +134,49 @@ def test_kto_loss_and_baseline_of_the_first_step_by_hand(options: dict[str, floa
     assert result.metrics["num/desirable"] == 2
 
 
-@pytest.mark.parametrize("mask", ["action", "none"])
+def other_mask(row: Row, mask: str, side: str = "") -> list[int]:
+    """Of the two turns of a tiny row with tool output between them: all after the prompt, or the second turn."""
+    action = row[f"{side}completion_mask"]
+    turn_starts = [i for i in range(1, len(action)) if action[i] > action[i - 1]]
+    first = {"action": 0, "none": turn_starts[0], "last_turn": turn_starts[1]}[mask]
+    return [int(i >= first and (bool(action[i]) or mask == "none")) for i in range(len(action))]
+
+
+MASKS = ["action", "none", "last_turn"]
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_sft_loss_of_the_first_step_by_hand(mask: Any, tmp_path: Path) -> None:
     """Without the mask, tool output and the headers around it are trained as well."""
     model, rows = tiny_model("gemma2", std=0.2), tiny_singles(4)
-    masks = [
-        r["completion_mask"] if mask == "action" else [0] * 3 + [1] * len(r["input_ids"][3:]) for r in rows
-    ]
+    masks = [other_mask(row, mask) for row in rows]
     total = sum(naive_sum(model, row, mask=m) for row, m in zip(rows, masks, strict=True))
     expected = -total / sum(map(sum, masks))
     result = train(model, rows, settings("sft", STILL, mask=mask), tmp_path, progress=False)
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert result.metrics["action_tokens"] == sum(map(sum, masks))
     assert result.metrics["tokens"] == sum(len(row["input_ids"]) for row in rows)
+
+
+@pytest.mark.parametrize("mask", ["none", "last_turn"])
+def test_policy_and_reference_of_the_baselines_count_the_same_tokens(mask: Any, tmp_path: Path) -> None:
+    """Single-turn DPO and KTO, by hand; KTO's baseline mismatches whole trajectories, and counts as the rest does."""
+    policy, reference = tiny_model("llama", std=0.2, seed=1), tiny_model("llama", std=0.2)
+
+    def rho(row: Row, side: str = "") -> float:
+        counted = other_mask(row, mask, side)
+        return naive_sum(policy, row, side, counted) - naive_sum(reference, row, side, counted)
+
+    pairs, labels = tiny_pairs(3), tiny_labels(2)
+    dpo = sum(softplus(-0.1 * (rho(row, "chosen_") - rho(row, "rejected_"))) for row in pairs) / 3
+    mismatched = [row["mismatched"] for row in with_mismatched(labels, seed=0)]
+    z0 = sum(map(rho, mismatched)) / 4
+    assert z0 > 0.1  # otherwise it would be clamped to 0
+    kto = sum(sigmoid((-0.1 if row["label"] else 0.1) * (rho(row) - z0)) for row in labels) / 4
+    for method, rows, expected in (("dpo", pairs, dpo), ("kto", labels, kto)):
+        chosen = settings(method, STILL, mask=mask)
+        result = train(policy, rows, chosen, tmp_path / method, reference_model=reference, progress=False)
+        assert result.metrics["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

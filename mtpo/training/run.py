@@ -88,6 +88,9 @@ def train(
     kept, num_dropped = _usable_rows(rows, settings, model)
     if tokenizer is not None and tokenizer.bos_token_id is not None:
         check_one_bos(kept, int(tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
+    if settings.method == "kto":
+        kept = with_mismatched(kept, settings.seed)  # of whole trajectories, whatever the mask counts
+    kept = masked_rows(kept, settings.mask)
     args = _arguments(settings, out)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if settings.gradient_checkpointing:
@@ -98,7 +101,6 @@ def train(
         starts_at_reference = checkpoint is None and (
             reference_model is None or fingerprint(reference_model) == fingerprint(model)
         )
-        kept = with_mismatched(kept, settings.seed) if settings.method == "kto" else kept
         kept = _with_reference(kept, reference_model or model, args, progress)
     elif reference_model is not None:
         raise InputError(f"reference_model has no effect on method {settings.method!r}")
@@ -203,7 +205,7 @@ def _usable_rows(
     kept, num_dropped = drop_too_long(rows, max_length)
     if num_dropped:
         log.warning("dropped %d of %d rows: longer than %d tokens", num_dropped, len(rows), max_length)
-    return masked_rows(kept, settings.mask), num_dropped
+    return kept, num_dropped
 
 
 def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:

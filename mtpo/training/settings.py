@@ -56,7 +56,9 @@ class TrainingSettings:
     )
     mask: Mask = field(
         default="action",
-        metadata={"help": "train only what the model sampled, or (none) all that follows the prompt"},
+        metadata={
+            "help": "train what the model sampled, all that follows the prompt (none), or its last turn only"
+        },
     )
     optimizer: Optimizer = field(
         default="adamw", metadata={"help": "muon: torch.optim.Muon for hidden matrices, AdamW for the rest"}
