@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from mtpo.errors import InputError
+from mtpo.errors import InputError, MtpoError
 from mtpo.losses import paired_loss
 from mtpo.tabular import (
     additive_preference,
@@ -277,6 +277,14 @@ def test_what_is_no_game_is_refused(preference: list, mu: list, tau: float, comp
     for step in (mtpo_step, nash_md_step):
         with pytest.raises(InputError, match=r"^" + complaint):
             step(mu, preference, mu, tau, 0.1)
+
+
+def test_a_temperature_too_small_for_float64_is_an_error_and_no_policy() -> None:
+    preference, mu = random_game(0, 10)
+    with pytest.raises(
+        MtpoError, match=r"^no Nash policy found at tau 1e-13: the best policy can still be exp"
+    ):
+        solve_nash(preference, mu, 1e-13)
 
 
 def test_policies_and_steps_that_are_none_are_refused() -> None:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from mtpo.errors import MtpoError
 from mtpo.tabular.policies import Array, check_positive, relative_entropy
-from mtpo.tabular.trees import TreeGame, log_soft_optimum, tree_exploitability
+from mtpo.tabular.trees import TreeGame, log_soft_optimum, node_visits, tree_exploitability
 
 CERTIFIED_GAP = 1e-10
 """No policy is returned whose exploitability, in units of the preference, is larger."""
@@ -24,6 +24,7 @@ PATH_KL = 1e-9
 """How close, in nats, Newton's method comes to the path before the next step along it."""
 MAX_NEWTON_STEPS = 6
 SMALLEST_STEP = 1e-12
+"""Along the path, of length 1; below it the solver gives up."""
 
 
 def solve_nash(preference: ArrayLike, mu: ArrayLike, tau: float) -> Array:
@@ -88,10 +89,7 @@ class _Point:
         pi = np.exp(log_pi)
         num_states, num_finals = game.num_states, len(reward)
         from_node = np.vstack([np.zeros((num_states, num_finals)), np.eye(num_finals)])
-        visits = np.zeros(len(from_node))
-        visits[0] = 1.0
-        for state in range(num_states):
-            visits += visits[state] * (pi[state] @ game.transitions[state])
+        visits = node_visits(pi, game)
         jacobian = np.zeros((num_finals, num_finals))
         for state in reversed(range(num_states)):
             from_action = game.transitions[state] @ from_node  # (A, F): final states after each action

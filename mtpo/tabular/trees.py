@@ -81,7 +81,7 @@ class TreeGame:
 
 def tree_outcomes(pi: ArrayLike, game: TreeGame) -> Array:
     """(F,): the distribution of final states when pi plays from the root."""
-    return _visits(_check(pi, game), game)[game.num_states :]
+    return node_visits(_check(pi, game), game)[game.num_states :]
 
 
 def tree_action_values(pi: ArrayLike, game: TreeGame, reward: ArrayLike, tau: float) -> tuple[Array, Array]:
@@ -118,7 +118,7 @@ def tree_exploitability(pi: ArrayLike, game: TreeGame, tau: float) -> float:
     Computed as tau KL(pi || best response) over trajectories, which is the same without the cancellation.
     """
     pi, tau = _check(pi, game), check_positive("tau", tau)
-    visits = _visits(pi, game)
+    visits = node_visits(pi, game)
     response = log_soft_optimum(game, game.preference @ visits[game.num_states :], tau)
     return tau * float(visits[: game.num_states] @ relative_entropy(log_policy(pi), response))
 
@@ -126,7 +126,9 @@ def tree_exploitability(pi: ArrayLike, game: TreeGame, tau: float) -> float:
 def tree_divergence(pi: ArrayLike, other: ArrayLike, game: TreeGame) -> float:
     """KL between the trajectory distributions of two policies, in nats: tools cancel."""
     pi, other = _check(pi, game), _check(other, game)
-    return float(_visits(pi, game)[: game.num_states] @ relative_entropy(log_policy(pi), log_policy(other)))
+    return float(
+        node_visits(pi, game)[: game.num_states] @ relative_entropy(log_policy(pi), log_policy(other))
+    )
 
 
 def mtpo_tree_step(pi: ArrayLike, game: TreeGame, tau: float, eta: float) -> Array:
@@ -150,6 +152,15 @@ def rlhf_tree_step(pi: ArrayLike, game: TreeGame, reward: ArrayLike, tau: float,
     return mirror_step(pi, game.mu, values, tau, check_positive("eta", eta))
 
 
+def node_visits(pi: Array, game: TreeGame) -> Array:
+    """(S + F,): the probability that a trajectory of pi passes through each state and final state; unchecked."""
+    visits = np.zeros(game.transitions.shape[2])
+    visits[0] = 1.0
+    for state in range(game.num_states):
+        visits += visits[state] * (pi[state] @ game.transitions[state])
+    return visits
+
+
 def log_soft_optimum(game: TreeGame, reward: Array, tau: float) -> Array:
     """`tree_soft_optimum` in log-probabilities, unchecked."""
     values = _with_reward(game, reward)
@@ -160,15 +171,6 @@ def log_soft_optimum(game: TreeGame, reward: Array, tau: float) -> Array:
         best = log_pi[state].argmax()  # V = Q + tau log(mu / pi), the same at every action
         values[state] = actions[best] + tau * (np.log(game.mu[state, best]) - log_pi[state, best])
     return log_pi
-
-
-def _visits(pi: Array, game: TreeGame) -> Array:
-    """(S + F,): the probability that a trajectory of pi passes through each state and final state."""
-    visits = np.zeros(game.transitions.shape[2])
-    visits[0] = 1.0
-    for state in range(game.num_states):
-        visits += visits[state] * (pi[state] @ game.transitions[state])
-    return visits
 
 
 def _with_reward(game: TreeGame, reward: ArrayLike) -> Array:
