@@ -37,6 +37,8 @@ _OUTPUT_BLOCK = re.compile(
 )
 _FENCED_OUTPUT = re.compile(r"\A\s*```output\n(.*?)\n?```\s*\Z", re.DOTALL)
 _THOUGHT_TAGS = re.compile(r"\s*(?:</?think>\s*)+")
+_OUTPUTS = ("7 apples", "", " two\n\n lines\n", "<&'\"\\>{{ x }}{% y", "</think>\n```\né<|a|>")
+"""Tool outputs that show whether a template changes what it is given."""
 _ACTION = "action of the model"
 """Stands for what the model writes where its place in a template is looked for."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -103,6 +105,9 @@ class ChatFormat:
     keeps_thoughts: bool = True
     """Whether the template renders earlier thoughts as they were written; if not, it is asked for the prompt and for
     what stands between turns, and never again for a turn of the model."""
+    around_output: tuple[str, str] | None = None
+    """What the template puts before and after tool output, ends of turns included; None if it changes outputs, so that
+    each has to be rendered."""
     markers: tuple[str, ...] = field(default=(), repr=False)
     """Control tokens, and text that the template ends turns with; none is ever made of a message's text."""
 
@@ -144,6 +149,7 @@ class ChatFormat:
             lead=lead,
             has_system_turn=draft._measure_system_turn(),
         )
+        chat = replace(chat, around_output=chat._measure_around_output())
         if not chat._measure_thoughts():
             logger.warning(
                 "the chat template of %s rewrites the thoughts of earlier turns; here they stay as sampled",
@@ -172,8 +178,9 @@ class ChatFormat:
                 the context then reads as the template has it, and the id is not trained.
         """
         output = self._plain(output)
-        observed = self._as_rendered({"role": "tool", "content": output})
-        ids = self._ids_after_turn(self._text_after_turn(observed))
+        around = self.around_output
+        text = output.join(around) if around else self._text_of_output(output)
+        ids = self._ids_after_turn(text)
         if not after or after[-1] != self.end_of_turn_id:
             ids = [self.end_of_turn_id, *ids]
         return Segment("observation", tuple(ids), None, output)
@@ -285,6 +292,9 @@ class ChatFormat:
         text = self._render([_user("q"), _assistant(_ACTION), observed])
         return text[text.index(_ACTION) + len(_ACTION + self.end_of_turn) :]
 
+    def _text_of_output(self, output: str) -> str:
+        return self._text_after_turn(self._as_rendered({"role": "tool", "content": output}))
+
     def _continue_thought(self, content: str, turn: int) -> str:
         """The content without the tag that the generation prompt has already written."""
         if "</think>" not in content:
@@ -392,6 +402,11 @@ class ChatFormat:
             f"the chat template of {_name(self.tokenizer)} ends a model turn with {text[:20]!r}, "
             "which is not a special token: generation could not stop on ids"
         )
+
+    def _measure_around_output(self) -> tuple[str, str] | None:
+        before, _, after = self._text_of_output(_OUTPUTS[0]).partition(_OUTPUTS[0])
+        is_verbatim = all(self._text_of_output(output) == before + output + after for output in _OUTPUTS)
+        return (before, after) if is_verbatim else None
 
     def _measure_bos(self) -> int | None:
         bos = self.tokenizer.bos_token_id

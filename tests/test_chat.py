@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -326,3 +327,20 @@ def test_flat_text_is_split_at_its_output_fences() -> None:
         {"role": "tool", "content": "2\n\n3"},
         {"role": "assistant", "content": "It is $\\boxed{2}$."},
     ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_is_put_where_the_template_renders_it(family: str) -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer(family))
+    assert chat.around_output is not None
+    rendering = replace(chat, around_output=None)
+    for output in (*OUTPUTS, "", f"{{{{ x }}}} {chat.end_of_turn}\n"):
+        after = [chat.end_of_turn_id]
+        assert chat.observation(output, after=after) == rendering.observation(output, after=after)
+
+
+def test_a_template_that_changes_output_renders_each() -> None:
+    chat = ChatFormat.for_tokenizer(make_tokenizer("llama3"), tool_role="tool")  # it trims
+    assert chat.around_output is None
+    ids = [chat.observation(output, after=[chat.end_of_turn_id]).ids for output in ("72", "  72\n")]
+    assert ids[0] == ids[1]
