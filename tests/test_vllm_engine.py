@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -127,6 +128,25 @@ async def test_a_folder_without_a_model_changes_nothing(subject: Subject, tmp_pa
         await engine.update_weights(tmp_path)
 
 
+async def test_weights_that_cannot_be_used_leave_the_old_ones(
+    subject: Subject, folders: list[Path], tmp_path: Path
+) -> None:
+    engine = subject.engine
+    assert isinstance(engine, VLLMEngine)
+    before = engine.fingerprint
+    shutil.copytree(folders[1], tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"model\.safetensors: expected weights"):
+        await engine.update_weights(tmp_path)
+    weights.unlink()  # which only vLLM finds, when it starts
+    with pytest.raises(EngineError, match="vLLM did not start"):
+        await engine.update_weights(tmp_path)
+    [answer] = await complete(engine, PROMPTS[:1], GREEDY)
+    assert answer.ids == greedy_ids(subject.model, PROMPTS[0], LONG)
+    assert engine.fingerprint == before
+
+
 async def test_requests_survive_the_death_of_vllm(subject: Subject) -> None:
     engine = subject.engine
     assert isinstance(engine, VLLMEngine)
@@ -140,6 +160,23 @@ async def test_requests_survive_the_death_of_vllm(subject: Subject) -> None:
     interrupted = await asyncio.gather(*calls)
     again = await complete(subject.engine, PROMPTS, Sampling(400, (), seed=3))
     assert [g.ids for g in interrupted] == [g.ids for g in again]
+
+
+async def test_a_prefix_cache_that_stays_is_thrown_away_with_the_process(
+    subject: Subject, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = subject.engine
+    assert isinstance(engine, VLLMEngine)
+    prompt = PROMPTS[1] * 6
+    await complete(engine, [prompt], GREEDY)
+
+    async def refuse() -> bool:
+        return False
+
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", refuse)
+    await engine.update_weights(folders[1])
+    [answer] = await complete(engine, [prompt], GREEDY)
+    assert answer.ids == greedy_ids(load_model(folders[1]), prompt, LONG)
 
 
 async def test_weights_of_another_shape_start_vllm_again(subject: Subject, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mtpo.engines.checks import checked_generation, tokens_to_sample
 from mtpo.engines.routing import Router
@@ -112,14 +112,16 @@ class VLLMEngine:
     async def update_weights(self, folder: str | Path) -> None:
         """Serve the weights of `folder` from now on, and forget all that was computed with the old ones.
 
-        Weights of the same names and shapes are loaded in place; otherwise vLLM is started again.
+        Weights of the same names and shapes are loaded in place; otherwise vLLM is started again. If the new ones
+        cannot be used, the engine goes on with those that it had.
 
         Args:
             folder: a checkpoint; or an adapter, for an engine that was made with one.
 
         Raises:
-            InputError: there is no model and no adapter in `folder`, or vLLM refuses it.
-            EngineError: a request is in flight, which would be answered by two policies.
+            InputError: there is no model and no adapter in `folder`, or it cannot be read, or vLLM refuses it.
+            EngineError: a request is in flight, which would be answered by two policies; or vLLM does not start
+                with the new weights.
         """
         await self._in_thread(self._update(Path(folder)))
 
@@ -207,8 +209,8 @@ class VLLMEngine:
                 await self._change_model(folder)
             else:
                 raise InputError(f"{folder}: expected config.json or adapter_config.json")
-            if not await self._llm.reset_prefix_cache():
-                raise EngineError("vLLM kept its prefix cache, whose values belong to the old weights")
+            if not await self._llm.reset_prefix_cache():  # it holds values of the old weights
+                await self._restart()
             self.fingerprint = _fingerprint(self._model, self._adapter)
 
     async def _change_adapter(self, folder: Path) -> None:
@@ -231,16 +233,21 @@ class VLLMEngine:
 
     async def _change_model(self, folder: Path) -> None:
         fits = _shapes(folder) == _shapes(_local_folder(self._model))
-        self._model = str(folder)
         if fits:
             try:
-                await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": self._model})
+                await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+                self._model = str(folder)
                 return
             except (
                 Exception
             ) as error:  # whatever its worker raised, as text; some weights may be the new ones
                 logger.warning("vLLM could not load %s in place: %s", folder, _first_line(error))
-        await self._restart()
+        old, self._model = self._model, str(folder)
+        try:
+            await self._restart()
+        except (InputError, EngineError):
+            self._model = old  # the next request starts vLLM with it
+            raise
 
     async def _restart(self) -> None:
         logger.warning("starting vLLM again with %s", self._model)
@@ -313,8 +320,11 @@ def _local_folder(model: str) -> Path:
 def _shapes(folder: Path) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: expected weights: {_first_line(error)}") from error
     return shapes
 
 
