@@ -9,6 +9,7 @@ The loop of arXiv 2409.02392, Algorithm 1, with disjoint prompts and the data of
     OUT/iteration_1/train/       checkpoints and metrics.jsonl
     OUT/iteration_1/dev/NAME/    greedy evaluation of each checkpoint; selected.json names the best
     OUT/test/NAME/               evaluation of every iteration's policy, after the last training step
+    OUT/report.html              figures, and trajectories down to their tokens
 
 Every part resumes where it was: after a crash, run the same command with --resume.
 """
@@ -26,6 +27,7 @@ from data.problems import assert_disjoint, drop_shared, load_problems
 from data.trajectories import read_trajectories
 from eval.evaluate import correct_by_problem
 from eval.metrics import PairedTest
+from eval.report import write_report
 from eval.stages import Stage, stages_table
 from mtpo.batches import read_rows
 from mtpo.cli import run_recipe
@@ -120,6 +122,7 @@ def iterate(config: Config) -> str:
     stages, test = run_tests(folder.path, policies, sets.test, config)
     print(stages_table(stages, test))
     folder.finish({"stages": [s.to_json() for s in stages], "paired": dataclasses.asdict(test)})
+    write_report(folder.path)
     return f"{config.iterations} iterations in {folder.path}; the last policy is {policies[-1].model}"
 
 

@@ -9,6 +9,7 @@ trajectories. The gain shows that the machinery works, not that the model is goo
     OUT/sft/                     the supervised model, OUT/iteration_1/ and OUT/iteration_2/ as in recipes.iterate
     OUT/test/                    evaluation of all three on the held-out problems, after the last training step
     OUT/summary.json             the table as numbers
+    OUT/report.html              figures, and every trajectory down to its tokens
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from data.demonstrations import demonstrations
 from data.generated import problems
+from eval.report import write_report
 from eval.stages import stages_table
 from mtpo.chat import ChatFormat
 from mtpo.cli import run_recipe
@@ -146,7 +148,9 @@ def quickstart(config: Config) -> str:
     }
     folder.finish(summary)
     print("\n" + stages_table(stages, test) + "\n")
-    return f"{config.method}, {config.iterations} iterations, {summary['seconds']:.0f} s: all of it is in {folder.path}"
+    report = write_report(folder.path)
+    made = f"{config.method}, {config.iterations} iterations, {summary['seconds']:.0f} s"
+    return f"{made}: open {report} to look at all of it"
 
 
 def supervised(out: Path, config: Config) -> Path:

@@ -420,6 +420,7 @@ def test_loop_killed_anywhere_ends_where_an_undisturbed_one_ends(coin: Path, tmp
     stages = [read_json(tmp_path / run / "summary.json")["stages"] for run in ("whole", "killed")]
     assert [s["greedy"] for s in stages[0]] == [s["greedy"] for s in stages[1]]
     assert [s["name"] for s in stages[0]] == ["start", "iteration 1", "iteration 2"]
+    assert "Learning curve" in (out / "report.html").read_text()
 
 
 def test_loop_refuses_sets_that_are_too_small_or_overlap(capsys, coin: Path, tmp_path: Path) -> None:

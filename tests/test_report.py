@@ -18,7 +18,6 @@ import pytest
 
 from eval.report import write_report
 from eval.report.records import keeps, pack
-from eval.report.tally import Share
 from eval.report.terminal import printable, trajectory_lines
 from eval.report.tokens import fits, joined, token_pieces
 from mtpo.errors import InputError
@@ -78,13 +77,16 @@ def test_the_table_counts_no_fault_and_gives_the_interval(tmp_path: Path) -> Non
     assert "run 25.0%" in shown and "2 4" in shown and shown.count("25.0%") == 1
 
 
-def test_one_trajectory_a_problem_has_wilsons_interval_and_several_a_bootstrap() -> None:
-    single = Share.of([[True], [False], [True], [True]])
-    assert (single.low, single.high) == pytest.approx(
-        (0.3006, 0.9544), abs=1e-4
-    )  # Wilson for 3 of 4, by hand
-    several = Share.of([[True, False], [True, False]])
-    assert (several.value, several.low, several.high) == (0.5, 0.5, 0.5)  # problems do not differ
+def test_the_interval_is_that_of_the_evaluation(tmp_path: Path) -> None:
+    problems = [Problem(f"toy/{n}", "1 + 1?", "2") for n in range(4)]
+    answers = [2, 2, 2, 3]
+    write_set(
+        tmp_path / "run",
+        problems,
+        [attempt(p, 0, f"\\boxed{{{a}}}") for p, a in zip(problems, answers, strict=True)],
+    )
+    # Wilson's interval of 3 of 4, by hand.
+    assert "75.0% 30.1 to 95.4" in text_of(write_report(tmp_path / "run"))
 
 
 def test_a_verdict_that_the_run_recorded_is_not_graded_again(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from eval.evaluate import Score
 from eval.report import plots
 from eval.report.plots import Curve, Spread
 from eval.report.sources import Run
-from eval.report.tally import Share, Tally
+from eval.report.tally import Tally
 
 MOST = 6
 """Sets side by side in one plot, as many as there are colours."""
@@ -79,7 +80,7 @@ def _label(tally: Tally, among: Sequence[Tally]) -> str:
 
 
 def _curve(tallies: Sequence[Tally]) -> Figure | None:
-    points: dict[str, list[tuple[str, Share]]] = {}
+    points: dict[str, list[tuple[str, Score]]] = {}
     runs = {s.run for s in tallies}
     for tally in tallies:
         found = policy_of(tally.name)

@@ -197,6 +197,7 @@ function resultItem(item, place) {
   const node = el("div", {
     class: "result", role: "option", id: `result-${item}`, "aria-selected": String(item === state.at),
     "aria-posinset": place + 1, "aria-setsize": found.length, onclick: () => open(item),
+    title: visible(setName(setOf(row))),
   });
   node.style.top = `${place * ROW}px`;
   const name = isPair

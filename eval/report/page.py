@@ -17,10 +17,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval.evaluate import Score
 from eval.report.figures import Figure
 from eval.report.records import pack
 from eval.report.sources import Run
-from eval.report.tally import Share, Tally
+from eval.report.tally import Tally
 from eval.report.tokens import Piece
 from mtpo.runs import read_json
 
@@ -110,7 +111,7 @@ def _table(tallies: Sequence[Tally]) -> Iterator[str]:
     yield "</tbody></table>"
 
 
-def _cells(tally: Tally, accuracy: Share, has_faults: bool) -> list[str]:
+def _cells(tally: Tally, accuracy: Score, has_faults: bool) -> list[str]:
     pass_at = tally.pass_at
     return [
         f"<strong>{_percent(accuracy.value, 1)}</strong>",
@@ -127,7 +128,7 @@ def _cells(tally: Tally, accuracy: Share, has_faults: bool) -> list[str]:
     ]
 
 
-def _interval(share: Share) -> str:
+def _interval(share: Score) -> str:
     """The interval as numbers, and as a line on a scale from 0 to 100 %."""
     low, value, high = 100 * share.low, 100 * share.value, 100 * share.high
     return (
@@ -145,11 +146,14 @@ def _paired(run: Run) -> Iterator[str]:
     if "improved" in paired:
         names = [stage.get("name", "") for stage in summary.get("stages", [{}])]
         paired = {f"{names[-1]} against {names[0]}, greedy": paired}
+    else:
+        paired = {f"Against {before}": test for before, test in paired.items()}
     for name, test in paired.items():
         if {"improved", "worsened", "z", "p"} <= test.keys():
+            kind = {"permutation": "permutation test"}.get(test.get("test", ""), "McNemar's test")
             yield (
-                f"<p><b>{escape(str(name))}</b>, problem by problem: {test['improved']} improved, "
-                f"{test['worsened']} worsened (McNemar: z = {test['z']:.1f}, p = {test['p']:.2g}).</p>"
+                f"<p><b>{escape(name)}</b>, problem by problem: {test['improved']} improved, "
+                f"{test['worsened']} worsened (exact {kind}: z = {test['z']:.1f}, p = {test['p']:.2g}).</p>"
             )
 
 

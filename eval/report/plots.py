@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.evaluate import Score
 from eval.report.sources import TrainingLog
-from eval.report.tally import Share
 from eval.stages import RATIOS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Curve:
     """Accuracy of policy after policy on one kind of problems."""
 
     name: str
-    points: list[tuple[str, Share]]
+    points: list[tuple[str, Score]]
     """(policy, accuracy)."""
 
 
@@ -129,7 +129,7 @@ def learning_curve(curves: Sequence[Curve], policies: Sequence[str]) -> str:
     return _drawing(draw, 3.4, legend_columns=2)
 
 
-def accuracy_by_group(by_set: Mapping[str, Mapping[str, Share]]) -> str:
+def accuracy_by_group(by_set: Mapping[str, Mapping[str, Score]]) -> str:
     """A line a group, a dot with its interval a set."""
     groups = sorted({group for shares in by_set.values() for group in shares}, reverse=True)
     step = 0.7 / max(1, len(by_set))

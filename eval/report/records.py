@@ -17,6 +17,7 @@ from itertools import groupby
 from typing import Any
 
 from data.labels import Row
+from eval.predictions import outcome
 from mtpo.batches import sides
 from mtpo.grader import Grade
 from mtpo.trajectory import Problem, Segment, StopReason, Trajectory
@@ -91,7 +92,7 @@ class Records:
         executions = trajectory.executions
         values = (
             len(self.sets) - 1, self._problems(problem), trajectory.sample,
-            self._outcomes(outcome_of(trajectory, grade)), self._stops(trajectory.stop_reason.value),
+            self._outcomes(outcome(trajectory, grade)), self._stops(trajectory.stop_reason.value),
             trajectory.num_turns, trajectory.num_action_tokens, len(executions),
             sum(e.is_error for e in executions), grade.answer, self._rules(grade.rule),
         )  # fmt: skip
@@ -153,19 +154,6 @@ def trajectories_of_row(row: Row, tokenizer: Any | None) -> Iterator[tuple[str, 
             segments.pop()
         sample = row.get(f"{side}sample", 0)
         yield side, Trajectory(row["problem_id"], sample, tuple(segments), StopReason.ANSWERED)
-
-
-def outcome_of(trajectory: Trajectory, grade: Grade) -> str:
-    """`correct`, or in a few words why not."""
-    if trajectory.fault is not None:
-        return "environment fault"
-    if grade.verdict == "correct":
-        return "correct"
-    if trajectory.stop_reason.is_truncated:
-        return f"truncated ({trajectory.stop_reason.value})"
-    if grade.verdict == "ungraded":
-        return f"ungraded ({grade.rule})"
-    return "no answer" if grade.answer is None else "wrong answer"
 
 
 def use_of(row: Row, side: str) -> str:

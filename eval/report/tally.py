@@ -8,29 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
 
-from eval.metrics import bootstrap_interval, pass_at_k, wilson_interval
+from eval.evaluate import Score
+from eval.metrics import pass_at_k
 from mtpo.grader import Grade
 from mtpo.trajectory import Problem, Trajectory
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of correct trajectories, averaged over problems, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    num_problems: int
-
-    @classmethod
-    def of(cls, correct: Sequence[Sequence[bool]]) -> Share:
-        """Of problems with these trajectories: Wilson's interval with one each, else a bootstrap over problems."""
-        means = [fmean(own) for own in correct]
-        if all(len(own) == 1 for own in correct):
-            low, high = wilson_interval(sum(own[0] for own in correct), len(correct))
-        else:
-            low, high = bootstrap_interval(means)
-        return cls(fmean(means), low, high, len(means))
 
 
 @dataclass
@@ -77,17 +58,17 @@ class Tally:
         return self.num_trajectories - self.num_faults
 
     @cached_property
-    def accuracy(self) -> Share | None:
+    def accuracy(self) -> Score | None:
         """None where all trajectories are faults."""
-        return Share.of(list(self.correct.values())) if self.correct else None
+        return _score(list(self.correct.values())) if self.correct else None
 
-    def by(self, attribute: str) -> dict[str, Share]:
+    def by(self, attribute: str) -> dict[str, Score]:
         """Accuracy by `level` or `subject`, of the problems that have one."""
         groups: defaultdict[str, list[list[bool]]] = defaultdict(list)
         for problem_id, own in self.correct.items():
             if (group := getattr(self.problems[problem_id], attribute)) is not None:
                 groups[str(group)].append(own)
-        return {name: Share.of(groups[name]) for name in sorted(groups)}
+        return {name: _score(groups[name]) for name in sorted(groups)}
 
     @property
     def pass_at(self) -> tuple[int, float] | None:
@@ -96,3 +77,7 @@ class Tally:
         if fewest < 2:
             return None
         return fewest, fmean(pass_at_k(len(own), sum(own), fewest) for own in self.correct.values())
+
+
+def _score(correct: Sequence[Sequence[bool]]) -> Score:
+    return Score.of([fmean(own) for own in correct], sum(map(len, correct)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
-from eval.report.records import outcome_of
+from eval.predictions import outcome
 from eval.report.tokens import Piece
 from mtpo.grader import Grade
 from mtpo.trajectory import Problem, Segment, Trajectory
@@ -46,7 +46,7 @@ def trajectory_lines(
     """
     yield f"{printable(trajectory.problem_id)} : {trajectory.sample}"
     answer = "no answer" if grade.answer is None else f"answer {printable(grade.answer)}"
-    yield f"{outcome_of(trajectory, grade)}: {answer}, gold {printable(problem.answer)} ({printable(grade.rule)})"
+    yield f"{outcome(trajectory, grade)}: {answer}, gold {printable(problem.answer)} ({printable(grade.rule)})"
     yield (
         f"stopped: {trajectory.stop_reason.value}; {trajectory.num_turns} turns, "
         f"{trajectory.num_action_tokens} of {len(trajectory.input_ids)} tokens with mask 1; "
