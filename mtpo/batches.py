@@ -171,8 +171,8 @@ class SingleCollator:
     """Rows with one trajectory -> right-padded tensors.
 
     input_ids, attention_mask, completion_mask: (B, T) int64. If the rows have them: labels (B,) bool from
-    `label`, ref_logps (B,) float64 from `ref_logps`, index (B,) int64 from `index`; and from `mismatched`, a
-    row itself, the same tensors with the prefix `kl_`.
+    `label`, ref_logps (B, T), 0 off the mask, from `ref_logps`, a tensor with a value for each action token,
+    index (B,) int64 from `index`; and from `mismatched`, a row itself, the same tensors with the prefix `kl_`.
     """
 
     pad_id: int
@@ -182,7 +182,7 @@ class SingleCollator:
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.bool)
         if "ref_logps" in rows[0]:
-            batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in rows], dtype=torch.float64)
+            batch["ref_logps"] = _on_mask(batch["completion_mask"], [row["ref_logps"] for row in rows])
         if "mismatched" in rows[0]:
             mismatched = SingleCollator(self.pad_id)([row["mismatched"] for row in rows])
             batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
@@ -193,8 +193,9 @@ class SingleCollator:
 class PairCollator:
     """B pairs -> one right-padded batch of 2 B trajectories, all chosen ones before all rejected ones.
 
-    input_ids, attention_mask, completion_mask: (2 B, T) int64. If the rows have them: ref_logps (2 B,) float64
-    from `chosen_ref_logps` and `rejected_ref_logps`, index (B,) int64 from `index`.
+    input_ids, attention_mask, completion_mask: (2 B, T) int64. If the rows have them: ref_logps (2 B, T), 0 off
+    the mask, from `chosen_ref_logps` and `rejected_ref_logps`, tensors with a value for each action token, index
+    (B,) int64 from `index`.
     """
 
     pad_id: int
@@ -206,7 +207,7 @@ class PairCollator:
         )
         if "chosen_ref_logps" in rows[0]:
             logps = [row[f"{side}ref_logps"] for row, side in order]
-            batch["ref_logps"] = torch.tensor(logps, dtype=torch.float64)
+            batch["ref_logps"] = _on_mask(batch["completion_mask"], logps)
         return batch | _index(rows)
 
 
@@ -220,6 +221,12 @@ def _padded(sequences: Sequence[tuple[list[int], list[int]]], pad_id: int) -> di
         attention_mask[row, : len(ids)] = 1
         completion_mask[row, : len(ids)] = torch.tensor(mask)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+
+
+def _on_mask(completion_mask: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """(B, T): the values of each row in order where its mask is 1, and 0 elsewhere."""
+    joint = torch.cat(list(values))
+    return joint.new_zeros(completion_mask.shape).masked_scatter(completion_mask.bool(), joint)
 
 
 def _index(rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -112,30 +112,41 @@ def test_the_last_turn_is_what_follows_the_last_tool_output() -> None:
 
 def test_single_collator_pads_on_the_right() -> None:
     short = SINGLE | {"input_ids": [2, 7], "completion_mask": [0, 1]}
-    rows = [SINGLE | {"label": True, "ref_logps": -1.5}, short | {"label": False, "ref_logps": -2.5}]
+    logps = torch.tensor([-1.5, -0.5]), torch.tensor([-2.5])
+    rows = [SINGLE | {"label": True, "ref_logps": logps[0]}, short | {"label": False, "ref_logps": logps[1]}]
     batch = SingleCollator(pad_id=0)(rows)
     assert batch["input_ids"].tolist() == [[2, 11, 12, 13, 14, 15], [2, 7, 0, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
     assert batch["completion_mask"].tolist() == [[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0]]
     assert batch["labels"].tolist() == [True, False] and batch["labels"].dtype == torch.bool
-    assert batch["ref_logps"].tolist() == [-1.5, -2.5] and batch["ref_logps"].dtype == torch.float64
+    assert batch["ref_logps"].tolist() == [[0, 0, -1.5, 0, 0, -0.5], [0, -2.5, 0, 0, 0, 0]]
 
 
 def test_single_collator_keeps_mismatched_rows_apart() -> None:
-    mismatched = {"input_ids": [2, 9, 9], "completion_mask": [0, 0, 1], "ref_logps": -4.0}
+    mismatched = {"input_ids": [2, 9, 9], "completion_mask": [0, 0, 1], "ref_logps": torch.tensor([-4.0])}
     batch = SingleCollator(pad_id=0)([SINGLE | {"mismatched": mismatched}])
-    assert batch["kl_input_ids"].tolist() == [[2, 9, 9]] and batch["kl_ref_logps"].tolist() == [-4.0]
+    assert batch["kl_input_ids"].tolist() == [[2, 9, 9]] and batch["kl_ref_logps"].tolist() == [[0, 0, -4.0]]
     assert batch["input_ids"].shape == (1, 6) and "ref_logps" not in batch
 
 
 def test_pair_collator_stacks_chosen_over_rejected() -> None:
     rows = [
-        PAIR | {"chosen_ref_logps": -1.0, "rejected_ref_logps": -3.0, "index": 7},
-        PAIR | {"chosen_ref_logps": -2.0, "rejected_ref_logps": -4.0, "index": 2},
+        PAIR
+        | {f"{side}_ref_logps": torch.tensor(values) for side, values in logps.items()}
+        | {"index": index}
+        for index, logps in (
+            (7, {"chosen": [-1.0, -2.0], "rejected": [-3.0, -4.0]}),
+            (2, {"chosen": [-5.0, -6.0], "rejected": [-7.0, -8.0]}),
+        )
     ]
     batch = PairCollator(pad_id=0)(rows)
     chosen, rejected = [2, 11, 12, 13, 0], [2, 11, 21, 22, 23]
     assert batch["input_ids"].tolist() == [chosen, chosen, rejected, rejected]
     assert batch["completion_mask"][::2].tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
-    assert batch["ref_logps"].tolist() == [-1.0, -2.0, -3.0, -4.0]
+    assert batch["ref_logps"].tolist() == [
+        [0, 0, -1.0, -2.0, 0],
+        [0, 0, -5.0, -6.0, 0],
+        [0, 0, -3.0, 0, -4.0],
+        [0, 0, -7.0, 0, -8.0],
+    ]
     assert batch["index"].tolist() == [7, 2]

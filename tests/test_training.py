@@ -318,7 +318,7 @@ def test_a_stale_reference_cache_is_found_at_step_0(tmp_path: Path) -> None:
     train(tiny_model("llama"), tiny_pairs(4), settings("dpo", STILL), tmp_path, progress=False)
     (cache,) = (tmp_path / "reference").glob("*.jsonl")
     lines = [json.loads(line) for line in cache.read_text().splitlines()]
-    lines[3]["logps"] += 0.01
+    lines[3]["logps"][1] += 0.01
     cache.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(GuardError, match=r"differ by -0.01 nats on tiny/\d sample 0 over 1"):
         train(tiny_model("llama"), tiny_pairs(4), settings("dpo", STILL), tmp_path, progress=False)

@@ -133,7 +133,7 @@ def scores() -> Scores:
         logps=logps,
         mask=mask,
         sums=(logps * mask).sum(-1),
-        ref_sums=(reference * mask).sum(-1),
+        ref_logps=reference,
         labels=torch.tensor(LABELS),
         z0=torch.tensor(Z0, dtype=torch.float64),
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 from collections import Counter
@@ -198,8 +199,34 @@ def test_reference_logps_equal_those_of_full_logits(tmp_path: Path) -> None:
     expected = []
     for ids, mask in TRAJECTORIES:
         logps = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-        expected.append(sum(logps[t, ids[t + 1]].item() for t in range(len(ids) - 1) if mask[t + 1]))
-    assert sorted(found.values()) == pytest.approx(sorted(expected), rel=1e-5)
+        expected.append([logps[t, ids[t + 1]].item() for t in range(len(ids) - 1) if mask[t + 1]])
+    for ours, by_hand in zip(sorted(v.tolist() for v in found.values()), sorted(expected), strict=True):
+        assert ours == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reference_logps_come_back_from_disk_as_they_were_computed(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny_model("gemma2", std=0.3).to(dtype)  # pyright: ignore[reportArgumentType]
+    computed = reference_logps(model, TRAJECTORIES, tmp_path, batch_size=4, progress=False)
+    read = reference_logps(model, TRAJECTORIES, tmp_path, batch_size=4, progress=False)
+    assert read.keys() == computed.keys()
+    assert all(read[key].dtype == dtype and torch.equal(read[key], computed[key]) for key in read)
+    only_one = reference_logps(model, TRAJECTORIES[:1], tmp_path, batch_size=4, progress=False)
+    assert len(only_one) == 1  # what nobody asks for takes no memory
+
+
+def test_cached_logps_of_another_number_of_tokens_are_computed_again(tmp_path: Path) -> None:
+    model = tiny_model("llama", std=0.3)
+    computed = reference_logps(model, TRAJECTORIES, tmp_path, batch_size=4, progress=False)
+    (cache,) = tmp_path.glob("*.jsonl")
+    lines = [json.loads(line) for line in cache.read_text().splitlines()]
+    lines[0]["logps"] = sum(lines[0]["logps"])  # sums, as an older cache held
+    lines[1]["logps"] = lines[1]["logps"][1:]
+    cache.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = reference_logps(model, TRAJECTORIES, tmp_path, batch_size=4, progress=False)
+    assert all(torch.allclose(again[key], computed[key]) for key in computed)
 
 
 def test_reference_logps_are_computed_once_per_content_and_weights(tmp_path: Path) -> None:

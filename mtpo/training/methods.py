@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from mtpo.batches import RowKind
-from mtpo.losses import LossOut, kto_loss, paired_loss, sft_loss
+from mtpo.losses import LossOut, kto_loss, masked_sum, paired_loss, sft_loss
 
 Options = Mapping[str, float]
 
@@ -27,8 +27,8 @@ class Scores:
     """(N, T), 1 on action tokens."""
     sums: Tensor
     """(N,) float64, the policy's log-probs summed over the action tokens."""
-    ref_sums: Tensor | None = None
-    """(N,) float64, the same of the reference."""
+    ref_logps: Tensor | None = None
+    """(N, T), the reference's log-probs; 0 off the mask."""
     labels: Tensor | None = None
     """(N,) bool, desirable or not."""
     z0: Tensor | None = None
@@ -36,9 +36,9 @@ class Scores:
 
     @property
     def rho(self) -> Tensor:
-        """(N,), log-ratios of policy and reference."""
-        assert self.ref_sums is not None
-        return self.sums - self.ref_sums
+        """(N,) float64, log-ratios of policy and reference."""
+        assert self.ref_logps is not None
+        return self.sums - masked_sum(self.ref_logps.double(), self.mask)
 
     @property
     def num_tokens(self) -> Tensor:

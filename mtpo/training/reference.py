@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mtpo.batches import Row, SingleCollator, sides
 from mtpo.logprobs import action_logps
-from mtpo.losses import masked_sum
 from mtpo.models import fingerprint, unwrapped
 
 Trajectory = tuple[Sequence[int], Sequence[int]]
@@ -28,7 +27,8 @@ def add_reference_logps(
 ) -> list[Row]:
     """The rows with a `ref_logps` column (of pairs, one a side), also in the row under `mismatched`.
 
-    Each value is log p of all action tokens of one trajectory under `model`, in nats, float64.
+    Each is a tensor with log p of every action token of one trajectory under `model`, in nats and in order: of
+    float32, 4 bytes a token; of float64 for a float64 model.
     """
     trajectories = [trajectory for row in rows for trajectory in _trajectories(row)]
     logps = reference_logps(model, trajectories, cache, batch_size=batch_size, progress=progress)
@@ -47,31 +47,30 @@ def add_reference_logps(
 
 def reference_logps(
     model: nn.Module, trajectories: Iterable[Trajectory], cache: Path, *, batch_size: int, progress: bool
-) -> dict[str, float]:
-    """Sum of log-probs over the action tokens of every trajectory, by content key.
+) -> dict[str, Tensor]:
+    """Log-probs of the action tokens of every trajectory, by content key.
 
     What `cache` already holds for these weights is not computed again; batches are written as they come, so
     that an interrupted pass goes on where it stopped. Several processes share the work.
     """
-    name = f"{fingerprint(model)[:32]}-{str(unwrapped(model).dtype).removeprefix('torch.')}"
-    known = _read_cache(cache, name)
+    name = f"{fingerprint(model)[:32]}-{str(unwrapped(model).dtype).removeprefix('torch.')}-tokens"
     wanted = {_key(ids, mask): (ids, mask) for ids, mask in trajectories}
+    num_tokens = {key: sum(mask) for key, (_, mask) in wanted.items()}
+    known = _read_cache(cache, name, num_tokens, _logps_dtype(model))
     state = PartialState()
     missing = sorted((key for key in wanted if key not in known), key=lambda key: (len(wanted[key][0]), key))
     mine = missing[state.process_index :: state.num_processes]
     cache.mkdir(parents=True, exist_ok=True)
-    computed: dict[str, float] = {}
+    computed: dict[str, Tensor] = {}
     with (
         (cache / f"{name}-{state.process_index}.jsonl").open("a", encoding="utf-8") as file,
         tqdm(total=len(mine), desc="reference", unit="row", disable=not progress or not mine) as bar,
     ):
         for start in range(0, len(mine), batch_size):
             keys = mine[start : start + batch_size]
-            sums = _score(model, [wanted[key] for key in keys])
-            computed |= zip(keys, sums, strict=True)
-            file.writelines(
-                json.dumps({"key": key, "logps": value}) + "\n" for key, value in zip(keys, sums, strict=True)
-            )
+            scored = dict(zip(keys, _score(model, [wanted[key] for key in keys]), strict=True))
+            computed |= scored
+            file.writelines(_line(key, logps) for key, logps in scored.items())
             file.flush()
             bar.update(len(keys))
     for part in gather_object([computed]):
@@ -80,7 +79,7 @@ def reference_logps(
 
 
 @torch.no_grad()
-def _score(model: nn.Module, trajectories: Sequence[Trajectory]) -> list[float]:
+def _score(model: nn.Module, trajectories: Sequence[Trajectory]) -> list[Tensor]:
     rows = [{"input_ids": list(ids), "completion_mask": list(mask)} for ids, mask in trajectories]
     device = next(model.parameters()).device
     batch: dict[str, Any] = {name: tensor.to(device) for name, tensor in SingleCollator(0)(rows).items()}
@@ -88,7 +87,9 @@ def _score(model: nn.Module, trajectories: Sequence[Trajectory]) -> list[float]:
     model.eval()
     logps = action_logps(model, **batch)
     model.train(was_training)
-    return masked_sum(logps.double(), batch["completion_mask"]).tolist()
+    is_action = batch["completion_mask"].bool()
+    parts = logps[is_action].cpu().split(is_action.sum(-1).tolist())
+    return [part.clone() for part in parts]  # a view would take the whole batch along to other processes
 
 
 def _trajectories(row: Row) -> list[Trajectory]:
@@ -100,13 +101,30 @@ def _key(ids: Sequence[int], mask: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([list(ids), list(mask)]).encode()).hexdigest()[:32]
 
 
-def _read_cache(cache: Path, name: str) -> dict[str, float]:
+def _logps_dtype(model: nn.Module) -> torch.dtype:
+    return torch.float64 if unwrapped(model).dtype == torch.float64 else torch.float32
+
+
+def _line(key: str, logps: Tensor) -> str:
+    """One line of the cache: 9 digits tell all float32 values apart, 17 all of float64."""
+    digits = 17 if logps.dtype == torch.float64 else 9
+    values = ", ".join(f"{value:.{digits}g}" for value in logps.tolist())
+    return f'{{"key": "{key}", "logps": [{values}]}}\n'
+
+
+def _read_cache(
+    cache: Path, name: str, num_tokens: Mapping[str, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What the cache holds of the keys in `num_tokens`, in as many values as these say."""
     known = {}
     for path in sorted(cache.glob(f"{name}-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                known[entry["key"]] = float(entry["logps"])
-            except (ValueError, KeyError, TypeError):
-                continue  # a line torn by a crash: its trajectory is computed again
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                    logps = torch.tensor(entry["logps"], dtype=dtype)
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line torn by a crash: its trajectory is computed again
+                if logps.shape == (num_tokens.get(entry["key"]),):
+                    known[entry["key"]] = logps
     return known

@@ -150,7 +150,7 @@ class TrajectoryTrainer(Trainer):
             logps=logps,
             mask=batch["completion_mask"],
             sums=sums,
-            ref_sums=batch.get("ref_logps"),
+            ref_logps=batch.get("ref_logps"),
             labels=batch.get("labels"),
             z0=self.z0,
         )
@@ -177,7 +177,7 @@ class TrajectoryTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 _, sums = self._score(self.model_wrapped, batch, "kl_")  # pyright: ignore[reportArgumentType]
-            rho.append(sums - batch["kl_ref_logps"])
+            rho.append(sums - masked_sum(batch["kl_ref_logps"].double(), batch["kl_completion_mask"]))
         return kto_baseline(torch.cat(rho))
 
     def _check_zero_margin(self, scores: Scores, batch: Batch) -> None:
