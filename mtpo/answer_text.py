@@ -157,6 +157,8 @@ def normalise(answer: str) -> str:
         ValueError: the answer is longer than `MAX_CHARS`, not counting zeros at the end of a decimal, or
             nested deeper than `MAX_NESTING`.
     """
+    if _PLAIN_NUMBER.fullmatch(answer):
+        return answer
     text = answer if len(answer) <= MAX_CHARS else _TRAILING_ZEROS.sub(r"\1", answer)
     if len(text) > MAX_CHARS:
         raise ValueError(f"an answer of {len(text)} characters is not read, only up to {MAX_CHARS}")
@@ -212,6 +214,7 @@ def split_top(text: str, separator: re.Pattern[str]) -> list[str]:
     return [*parts, text[start:].strip()]
 
 
+_PLAIN_NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?")
 _TRAILING_ZEROS = re.compile(r"(\.(?:\d*[1-9])?)0{20,}+(?!\d)")
 _NUMPY_ARRAY = re.compile(r"\[[-\[\]\d.\s]+\]")
 _SPACE = re.compile(r"(?<!\d) +| +(?!\d)")

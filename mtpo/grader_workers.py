@@ -198,9 +198,9 @@ class _Zygote:
 
 def serve(descriptor: int) -> None:
     """The zygote's life: fork and end workers as the caller asks, until it closes the socket."""
-    import latex2sympy2_extended.latex2sympy2  # noqa: F401  workers get them ready-made
-    import mpmath  # noqa: F401
+    from mtpo.symbolic_equality import warm_up
 
+    warm_up()  # workers are forked with it
     control = socket.socket(fileno=descriptor)
     workers: set[int] = set()
     while True:

@@ -164,6 +164,12 @@ def _parse(text: str) -> Any:
         raise UnreadableError(f"{type(error).__name__}: {error}") from error
 
 
+def warm_up() -> None:
+    """Import the parser, and let its tables grow by what most expressions need of them."""
+    for text in (r"x^{2} - \frac{2\sqrt{3}y}{5} + 1", r"4 \sin (3x) - \tan (\pi/180)"):
+        _parse(text)
+
+
 def _for_parser(text: str) -> str:
     """Spell out what the parser would read otherwise: decimals (as 53-bit floats), mixed numbers, products."""
     text = _DECIMAL.sub(

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.figures import Figures, quantile_ms
+from benchmarks.grader import Example, GradingFigures, read_solutions, read_trajectories, summarise
+from benchmarks.grader import bars as grader_bars
 from benchmarks.maths import WrongAnswerError, check_answers, maths_trajectories
 from benchmarks.processes import cpu_s, private_mib, pss_mib, rss_mib
 from benchmarks.sandbox import OURS, PAPER, STOCK, bars, table
@@ -194,6 +196,69 @@ def test_the_soak_sees_leaks() -> None:
     tally.samples[4:] = [(110.0, 58)] * 4
     assert [is_kept for is_kept, _ in checks(tally, [123])] == [True, True, True, True, True, False]
     assert quarters([1, 1, 9, 9, 9, 9, 2, 2]) == (1, 2)
+
+
+def grading_figures(**changes: float) -> GradingFigures:
+    values = {
+        "num": 100,
+        "num_labelled": 100,
+        "right": 98,
+        "false_positives": 1,
+        "false_negatives": 1,
+        "ungraded": 0,
+    }
+    return GradingFigures(**{**values, "cpu_s": 3.0, "wall_s": 3.0, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def test_verdicts_are_counted_against_their_labels() -> None:
+    labels = [True, True, False, False, True, None]
+    verdicts = [True, False, False, True, None, True]
+    examples = [Example("response", "gold", label) for label in labels]
+    assert summarise(examples, verdicts, 1.5, 2.0) == GradingFigures(6, 5, 2, 1, 1, 1, 1.5, 2.0)
+
+
+def test_bars_of_the_grader_hold_at_their_value_and_not_beyond() -> None:
+    theirs = grading_figures(cpu_s=10.0)
+    held = {"cases": {"ours": grading_figures(), "math-verify": theirs}}
+    assert [is_held for *_, is_held in grader_bars(held)] == [True, True]
+    missed = {"cases": {"ours": grading_figures(right=97, cpu_s=3.1), "math-verify": theirs}}
+    assert [is_held for *_, is_held in grader_bars(missed)] == [False, False]
+    fast = {"trajectories": {"ours": grading_figures(cpu_s=1.0), "math-verify": theirs}}
+    assert [value for _, value, _, _ in grader_bars(fast)] == [0.98, 10.0]
+    golds = {"math": {"ours": grading_figures()}, "gsm8k": {"ours": grading_figures()}}
+    assert [is_held for *_, is_held in grader_bars(golds)] == [True, False]  # two golds of MATH are empty
+
+
+def test_the_graders_are_compared_on_any_cases(tmp_path: Path) -> None:
+    rows = [
+        {"response": r"so \\boxed{\\frac{1}{2}}", "gold": "0.5", "label": True},
+        {"response": r"so \\boxed{2}", "gold": "2", "label": True},
+        {"response": r"so \\boxed{3}", "gold": "2", "label": False},
+    ]
+    path = tmp_path / "cases.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("benchmarks.grader", "--cases", str(path), "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())["cases"]
+    assert {peer: (f["num"], f["right"], f["ungraded"]) for peer, f in figures.items()} == {
+        "ours": (3, 3, 0),
+        "math-verify": (3, 3, 0),
+    }
+    assert "share of the cases right >= 0.98: 1" in done.stdout
+
+
+def test_trajectories_and_solutions_are_read_for_the_graders(tmp_path: Path) -> None:
+    turns = [
+        {"role": "assistant", "content": "```python\nprint(7)\n```"},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "<solution>7</solution>"},
+    ]
+    row = {"question": "?", "turns": turns, "gold": "7", "label": None}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    text = "```python\nprint(7)\n```\n```output\n7\n```\n\\boxed{7}"
+    assert read_trajectories(tmp_path / "t.jsonl") == [Example(text, "7", None)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"answer": "3 * 6 = 18\n#### 18"}) + "\n")
+    assert read_solutions(tmp_path) == [Example("3 * 6 = 18\n#### 18", "18", True)] * 2
 
 
 def commands() -> list[str]:
