@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,12 @@ from mtpo.training.mismatch import with_mismatched
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
 
-ROWS: dict[str, Callable[[int], list[Row]]] = {"sft": tiny_singles, "dpo": tiny_pairs, "kto": tiny_labels}
+ROWS: dict[str, Callable[[int], list[Row]]] = {
+    "sft": tiny_singles,
+    "dpo": tiny_pairs,
+    "kto": tiny_labels,
+    "pmpo": tiny_labels,
+}
 STILL = 1e-30
 """A learning rate that moves nothing."""
 
@@ -42,11 +48,16 @@ def weights(model: PreTrainedModel) -> torch.Tensor:
 
 
 @torch.no_grad()
-def naive_sum(model: PreTrainedModel, row: Row, side: str = "", mask: Sequence[int] | None = None) -> float:
-    """log p of a row's action tokens, without padding, from all logits."""
+def naive_logps(model: PreTrainedModel, row: Row, side: str = "") -> torch.Tensor:
+    """log p of every token but the first, without padding, from all logits."""
     ids = torch.tensor([row[f"{side}input_ids"]])
     logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-    each = logps.gather(-1, ids[0, 1:, None]).squeeze(-1)
+    return logps.gather(-1, ids[0, 1:, None]).squeeze(-1)
+
+
+def naive_sum(model: PreTrainedModel, row: Row, side: str = "", mask: Sequence[int] | None = None) -> float:
+    """log p of a row's action tokens."""
+    each = naive_logps(model, row, side)
     return (each * torch.tensor((mask or row[f"{side}completion_mask"])[1:])).sum().item()
 
 
@@ -132,6 +143,49 @@ def test_kto_loss_and_baseline_of_the_first_step_by_hand(options: dict[str, floa
     assert result.metrics["z0"] == pytest.approx(z0, rel=1e-4, abs=1e-5)
     assert result.metrics["loss"] == pytest.approx(expected, rel=1e-4)
     assert result.metrics["num/desirable"] == 2
+
+
+PMPO: list[tuple[dict[str, float], int]] = [
+    ({}, 5),
+    ({"alpha": 1.0, "beta": 0.1}, 5),
+    ({"alpha": 0.0, "beta": 2.0}, 5),
+    ({"alpha": 1.0}, 0),
+    ({"normalize": True}, 5),
+]
+
+
+@pytest.mark.parametrize(("options", "num_labels"), PMPO)
+def test_pmpo_loss_of_the_first_step_by_hand(
+    options: dict[str, float], num_labels: int, tmp_path: Path
+) -> None:
+    """Three accepted and two rejected, or accepted ones alone; micro-batches hold one each."""
+    policy, reference = tiny_model("llama", std=0.1), tiny_model("llama", std=0.1, seed=1)
+    rows = tiny_labels(3)[:num_labels] or tiny_labels(3)[::2]
+    sizes = Counter(row["label"] for row in rows)
+    alpha, expected = options.get("alpha", 0.5), 0.0
+    for row in rows:
+        mask = torch.tensor(row["completion_mask"][1:])
+        logps = naive_logps(policy, row)
+        gap = logps - naive_logps(reference, row)
+        per = int(mask.sum()) if options.get("normalize") else 1
+        weight = (-alpha if row["label"] else 1 - alpha) / sizes[row["label"]]
+        expected += weight * (logps * mask).sum().item() / per
+        kl = ((gap.exp() - 1 - gap) * mask).sum().item() / per
+        expected += options.get("beta", 0.5) * kl / len(rows)
+    chosen = settings("pmpo", STILL, batch_size=len(rows), micro_batch_size=1, **options)
+    result = train(policy, rows, chosen, tmp_path, reference_model=reference, progress=False)
+    assert result.metrics["loss"] == pytest.approx(expected, rel=1e-4)
+    assert result.metrics["num/accepted"] == sizes[True] == 3
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_pmpo_takes_rows_of_one_class_and_moves_them(label: bool, tmp_path: Path) -> None:
+    model, rows = tiny_model("gemma2", std=0.1), [r for r in tiny_labels(4) if r["label"] is label]
+    before, alpha = copy.deepcopy(model), float(label)
+    chosen = settings("pmpo", epochs=5, alpha=alpha, beta=1.1)
+    train(model, rows, chosen, tmp_path, progress=False)
+    moved = [log_ratios(model, before, row)[0] for row in rows]
+    assert all(m > 0 for m in moved) if label else all(m < 0 for m in moved)
 
 
 def other_mask(row: Row, mask: str, side: str = "") -> list[int]:

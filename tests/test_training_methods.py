@@ -14,6 +14,7 @@ from mtpo.training import METHODS, TrainingSettings
 from mtpo.training.methods import Scores
 
 ELSEWHERE = {
+    "alpha": 0.8,
     "beta": 0.7,
     "tau": 0.5,
     "label_smoothing": 0.2,
@@ -81,6 +82,18 @@ def kto(options: Options) -> float:
     return total / 4
 
 
+def pmpo(options: Options) -> float:
+    """Two are accepted, two rejected; the KL is that of samples of the reference."""
+    total = 0.0
+    for t, label in zip(TRAJECTORIES, LABELS, strict=True):
+        per = t.length if options["normalize"] else 1
+        gaps = [p - r for p, r in zip(t.logps, t.reference, strict=True)]
+        kl = sum(math.exp(gap) - 1 - gap for gap in gaps) / per
+        weight = -options["alpha"] if label else 1 - options["alpha"]
+        total += weight * t.score / per / 2 + options["beta"] * kl / 4
+    return total
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -97,6 +110,7 @@ BY_HAND: dict[str, Callable[[Options], float]] = {
     "squared": lambda o: paired(o, lambda z: (z - 1) ** 2),
     "savage": lambda o: paired(o, lambda z: sigmoid(-z) ** 2),
     "kto": kto,
+    "pmpo": pmpo,
 }
 
 CASES = [(method, option) for method in METHODS for option in (None, *METHODS[method].defaults)]
@@ -136,4 +150,5 @@ def scores() -> Scores:
         ref_logps=reference,
         labels=torch.tensor(LABELS),
         z0=torch.tensor(Z0, dtype=torch.float64),
+        desirable_share=torch.tensor(0.5),
     )

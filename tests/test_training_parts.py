@@ -41,6 +41,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"method": "ppo"}, "method is 'ppo'; expected one of sft, raft, dpo"),
     ({"method": "dpo", "beta": 0.0}, "beta is 0.0"),
     ({"method": "dpo", "beta": math.nan}, "beta is nan"),
+    ({"method": "pmpo", "alpha": 1.5}, "alpha is 1.5, expected a number from 0 to 1"),
+    ({"method": "kto", "alpha": 0.5}, "alpha has no effect on method 'kto'"),
     ({"method": "cdpo", "label_smoothing": 0.6}, "label_smoothing is 0.6, expected a number from 0 to 0.5"),
     ({"mask": "turns"}, "mask is 'turns'; expected one of action, none"),
     ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
@@ -272,6 +274,11 @@ def test_collapse_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
         ]
         monitor.check(4, {"rho/desirable": 0.0, "rho/undesirable": -5.5})
     assert "step 4: rho/undesirable is -5.50: the policy is far" in caplog.records[-1].getMessage()
+    with caplog.at_level(logging.WARNING):
+        monitor.check(5, {"drift/rejected": -0.9})
+        assert len(caplog.records) == 2
+        monitor.check(6, {"drift/rejected": -1.2})
+    assert "step 6: drift/rejected is -1.20 nats a token" in caplog.records[-1].getMessage()
 
 
 def test_a_resumed_metrics_file_drops_the_steps_to_come(tmp_path: Path) -> None:

@@ -67,7 +67,15 @@ def kto_loss(
     return mean_out(per_example, metrics)
 
 
-def pmpo_loss(score: Tensor, accepted: Tensor, kl: Tensor, alpha: float = 0.5, beta: float = 0.5) -> LossOut:
+def pmpo_loss(
+    score: Tensor,
+    accepted: Tensor,
+    kl: Tensor,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    *,
+    accepted_share: Tensor | float | None = None,
+) -> LossOut:
     """-alpha mean_A S + (1 - alpha) mean_R S + beta mean KL, over accepted (A) and rejected (R) trajectories.
 
     Preference optimisation as inference (Abdolmaleki et al. 2024). An empty set contributes 0. The likelihood of
@@ -78,6 +86,8 @@ def pmpo_loss(score: Tensor, accepted: Tensor, kl: Tensor, alpha: float = 0.5, b
         accepted: (B,) bool.
         kl: (B,), KL(reference || policy) of each trajectory, on the scale of `score`.
         alpha: 1 learns from the accepted alone, 0 from the rejected alone.
+        accepted_share: of the global batch that this one is a part of, so that the parts' losses, weighted by
+            their sizes, average to the global one; by default this batch's own.
 
     Returns:
         `metrics` has kl and, per class, num and score (absent for an empty class).
@@ -86,7 +96,7 @@ def pmpo_loss(score: Tensor, accepted: Tensor, kl: Tensor, alpha: float = 0.5, b
     if not 0 <= alpha <= 1:
         raise InputError(f"pmpo_loss: alpha must lie in [0, 1], got {alpha}")
     accepted = accepted.bool()
-    share = accepted.to(score.dtype).mean()
+    share = torch.as_tensor(accepted.double().mean() if accepted_share is None else accepted_share).to(score)
     # 1 / share turns a mean over a class into one over the batch; an empty class has no member to weigh.
     weight = torch.where(accepted, -alpha / share, (1 - alpha) / (1 - share))
     metrics = {"kl": mean(kl)}

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from mtpo.batches import RowKind
-from mtpo.losses import LossOut, kto_loss, masked_sum, paired_loss, sft_loss
+from mtpo.losses import LossOut, kto_loss, masked_sum, paired_loss, pmpo_loss, sampled_kl, sft_loss
 
 Options = Mapping[str, float]
 
@@ -33,6 +33,8 @@ class Scores:
     """(N,) bool, desirable or not."""
     z0: Tensor | None = None
     """KTO's baseline, for the whole global batch."""
+    desirable_share: Tensor | None = None
+    """Share of the desirable trajectories in the global batch."""
 
     @property
     def rho(self) -> Tensor:
@@ -77,6 +79,26 @@ def kto(scores: Scores, options: Options) -> LossOut:
     return kto_loss(scores.rho, scores.labels, scores.z0, **options)
 
 
+def pmpo(scores: Scores, options: Options) -> LossOut:
+    """The KL estimate, KL(reference || policy), takes the rows for samples of the reference."""
+    assert scores.labels is not None and scores.ref_logps is not None
+    per_token = bool(options["normalize"])
+    logps, ref_logps = scores.logps.double(), scores.ref_logps.double()
+    out = pmpo_loss(
+        masked_sum(logps, scores.mask, per_token),
+        scores.labels,
+        sampled_kl(logps, ref_logps, scores.mask, "k3", "ref", per_token),
+        options["alpha"],
+        options["beta"],
+        accepted_share=scores.desirable_share,
+    )
+    drift = scores.rho.detach() / scores.num_tokens
+    for name, members in (("accepted", scores.labels), ("rejected", ~scores.labels)):
+        if members.any():
+            out.metrics[f"drift/{name}"] = drift[members].mean().item()
+    return out
+
+
 OF_PAIRS = {"label_smoothing": 0.0, "nll_coef": 0.0, "normalize": False}
 PAIRED = {"beta": 0.1} | OF_PAIRS
 
@@ -92,4 +114,5 @@ METHODS: dict[str, Method] = {
     "squared": Method("pair", partial(paired, kind="squared"), PAIRED),
     "savage": Method("pair", partial(paired, kind="savage"), PAIRED),
     "kto": Method("label", kto, {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 1.0}),
+    "pmpo": Method("label", pmpo, {"alpha": 0.5, "beta": 0.5, "normalize": False}),
 }

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 COLLAPSE = -1.0
 """Mean log-ratio of good trajectories, in nats, below which likelihood displacement is under way."""
+FALLEN = -1.0
+"""Mean log-ratio of a rejected token, in nats, below which pmpo's KL does not hold the rejected ones any more."""
 FAR = 5.0
 """Mean log-ratio, in nats, beyond which the policy has left the reference behind."""
 
@@ -76,6 +78,12 @@ class CollapseMonitor:
                 self._warn(
                     "collapse", f"step {step}: {name} is {value:.2f}: good trajectories become unlikely"
                 )
+        if values.get("drift/rejected", 0.0) < FALLEN:
+            self._warn(
+                "fallen",
+                f"step {step}: drift/rejected is {values['drift/rejected']:.2f} nats a token: rejected trajectories "
+                "become ever more unlikely, beta is too small",
+            )
         for name, value in (good | bad).items():
             if abs(value) > FAR:
                 self._warn("far", f"step {step}: {name} is {value:.2f}: the policy is far from the reference")

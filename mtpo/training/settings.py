@@ -13,6 +13,7 @@ Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 RANGES: dict[str, tuple[float, float]] = {
+    "alpha": (0, 1),
     "beta": (0, float("inf")),
     "tau": (0, float("inf")),
     "label_smoothing": (0, 0.5),
@@ -26,7 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train. The options from `beta` to `normalize` are None for the method's own default.
+    """How to train. The options from `alpha` to `normalize` are None for the method's own default.
 
     Raises:
         InputError: a value is out of range, or is set although the method does not use it.
@@ -34,8 +35,15 @@ class TrainingSettings:
 
     method: str = field(metadata={"help": f"one of {', '.join(METHODS)}"})
     learning_rate: float = field(metadata={"help": "peak of the schedule"})
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "pmpo: 1 learns from accepted trajectories only, 0 from rejected only"},
+    )
     beta: float | None = field(
-        default=None, metadata={"help": "scale of log-ratios in the loss (eta in the multi-turn papers)"}
+        default=None,
+        metadata={
+            "help": "scale of log-ratios in the loss (eta in the multi-turn papers); in pmpo weight of the KL"
+        },
     )
     tau: float | None = field(default=None, metadata={"help": "temperature of ipo"})
     label_smoothing: float | None = field(

@@ -57,6 +57,7 @@ class TrajectoryTrainer(Trainer):
         self.rows = rows
         self.starts_at_reference = starts_at_reference
         self.z0: Tensor | None = None
+        self.desirable_share: Tensor | None = None
         self.metrics = StepMetrics()
         self.monitor = CollapseMonitor()
         self.last_log = time.monotonic()
@@ -84,7 +85,11 @@ class TrajectoryTrainer(Trainer):
         count = torch.tensor(sum(self._count(batch) for batch in batches), device=device)
         if self.settings.method == "kto":
             self.z0 = self._baseline(batches)
-        return batches, self.accelerator.gather(count).sum()  # pyright: ignore
+        total = self.accelerator.gather(count).sum()  # pyright: ignore
+        if self.settings.recipe.rows == "label":
+            desirable = torch.tensor(sum(int(batch["labels"].sum()) for batch in batches), device=device)
+            self.desirable_share = self.accelerator.gather(desirable).sum() / total  # pyright: ignore
+        return batches, total
 
     def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -153,6 +158,7 @@ class TrajectoryTrainer(Trainer):
             ref_logps=batch.get("ref_logps"),
             labels=batch.get("labels"),
             z0=self.z0,
+            desirable_share=self.desirable_share,
         )
 
     def _score(self, model: nn.Module, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
