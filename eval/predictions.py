@@ -11,7 +11,7 @@ from typing import Any
 
 from data.problems import file_lines, parse_object
 from mtpo.errors import InputError
-from mtpo.grader import Grade, grade
+from mtpo.grader import STRICT, Grade, GradingOptions, shared_grader
 from mtpo.trajectory import Problem, StopReason, Trajectory
 
 Graded = Sequence[tuple[Trajectory, Grade]]
@@ -61,9 +61,9 @@ class Prediction:
         return dataclasses.asdict(self)
 
 
-def is_equivalent(answer: str, other: str) -> bool:
+def is_equivalent(answer: str, other: str, options: GradingOptions = STRICT) -> bool:
     """Whether the grader takes an answer for another."""
-    return grade(f"\\boxed{{{answer}}}", other).verdict == "correct"
+    return shared_grader(options=options).grade(f"\\boxed{{{answer}}}", other).verdict == "correct"
 
 
 def predictions_of(

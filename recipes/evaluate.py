@@ -13,6 +13,7 @@ says what was scored, and where the sources' own flags of correctness are wrong.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -186,7 +187,7 @@ def conclude(
     """Grade the trajectories in the folder, and write `predictions.jsonl`, `metrics.json` and, with earlier runs,
     `comparison.md`."""
     graded = grade_trajectories(read_trajectories(folder / "trajectories"), problems, options=grading)
-    predictions = predictions_of(graded, problems)
+    predictions = predictions_of(graded, problems, functools.partial(is_equivalent, options=grading))
     run = Run(str(folder), {p.id: p for p in problems}, by_problem(predictions), _grader(grading))
     comparisons = compare_runs([(before, run) for before in earlier])
     if sources is not None:

@@ -1,10 +1,11 @@
+import functools
 from pathlib import Path
 
 import pytest
 
-from eval.predictions import by_problem, outcome, predictions_of, read_predictions
+from eval.predictions import by_problem, is_equivalent, outcome, predictions_of, read_predictions
 from mtpo.errors import InputError
-from mtpo.grader import Grade
+from mtpo.grader import Grade, GradingOptions
 from mtpo.runs import write_jsonl
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
 
@@ -28,6 +29,13 @@ def test_equivalent_answers_vote_together_however_they_are_written() -> None:
     ]
     graded = [(trajectory("p/1", i), verdict) for i, verdict in enumerate(verdicts)]
     assert [p.vote for p in predictions_of(graded, PROBLEMS)] == [0, 1, 0, None, 1, 2, 2, 1]
+
+
+def test_votes_are_counted_with_the_options_of_the_grader() -> None:
+    graded = [(trajectory("p/1", i), Grade("wrong", a, "")) for i, a in enumerate(["1/3", "0.33333"])]
+    lenient = functools.partial(is_equivalent, options=GradingOptions(paper_tolerance=True))
+    assert [p.vote for p in predictions_of(graded, PROBLEMS)] == [0, 1]
+    assert [p.vote for p in predictions_of(graded, PROBLEMS, lenient)] == [0, 0]
 
 
 def test_a_correct_answer_never_votes_with_a_wrong_one() -> None:
