@@ -45,7 +45,8 @@ def show(config: Config) -> str:
     (source, trajectory, grade), *others = _found(run, config)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     problem = source.problems[trajectory.problem_id]
-    pieces = _pieces(trajectory, [config.tokenizer] if config.tokenizer else run.tokenizers)
+    named = [config.tokenizer] if config.tokenizer else [*run.tokenizers, trajectory.policy]
+    pieces = _pieces(trajectory, named)
     print("\n".join(trajectory_lines(trajectory, problem, grade, pieces, color=color)) + "\n")
     elsewhere = f"; --set shows it in {', '.join(printable(s.name) for s, _, _ in others)}" if others else ""
     without = "" if pieces else "; without the run's tokenizer, which --tokenizer may name"

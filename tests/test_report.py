@@ -143,7 +143,7 @@ def test_an_iterated_run_gets_a_learning_curve_and_its_training(tmp_path: Path) 
     labels = re.findall(r"<text[^>]*>([^<]+)</text>", curve[0])
     assert [label for label in labels if label[0] in "Si"] == ["SFT", "iteration 1", "iteration 10"]
     training = page.partition("Training: iteration_1")[2]
-    for panel in ("margin", "log-ratio, nats", "chosen", "rejected"):
+    for panel in ("margin", "log-ratio to reference, nats", "chosen", "rejected"):
         assert f">{panel}</text>" in training
 
 
@@ -162,9 +162,16 @@ def test_another_run_stands_beside_the_first(tmp_path: Path) -> None:
         ("one", "one"),
         ("two", "two"),
     ]
+    assert "one against two , problem by problem: 0 improved, 1 worsened" in text_of(report)
     same = write_run(tmp_path / "other" / "one", [RIGHT])
     named = unpacked(write_report(one, compare=same), "index")["sets"]
     assert [s["run"] for s in named] == [f"{tmp_path.name}/one", "other/one"]
+
+
+def test_the_tokenizer_may_be_that_of_the_policy(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path / "policy")
+    write_set(tmp_path / "run", [APPLES], [attempt(APPLES, 0, "\\boxed{5}", policy=str(tmp_path / "policy"))])
+    assert unpacked(write_report(tmp_path / "run"), "pieces") is not None
 
 
 def test_a_limit_keeps_whole_problems_and_says_so(tmp_path: Path) -> None:

@@ -75,9 +75,10 @@ async def test_open_filter_open_a_pair_and_look_at_its_mask(tab: Tab, report: st
     assert "Learning curve" not in shown and "Training" in shown
 
     await tab.click("nav a[href='#trajectories']")
-    await lists(tab, "toy/0 : 0", "toy/0 : 1", "toy/1 : 0", "toy/0 : 0", "toy/1 : 0")
+    await lists(tab, "toy/0 : 0", "toy/0 : 1", "toy/1 : 0")  # those of the first run
     await tab.click("[data-filter=wrong]")
-    await lists(tab, "toy/0 : 1", "toy/0 : 0", "toy/1 : 0")
+    await lists(tab, "toy/0 : 1")
+    await tab.click("[data-filter=wrong]")
     await tab.click("[data-filter=error]")
     await lists(tab, "toy/0 : 1")
     await tab.click(".result")
@@ -135,7 +136,7 @@ async def test_every_token_says_who_wrote_it_and_how_likely_it_was(tab: Tab, rep
 
 
 async def test_what_changed_between_two_runs(tab: Tab, report: str) -> None:
-    await tab.open(report + "#trajectories?set=0&other=1")
+    await tab.open(report + "#trajectories")
     await lists(tab, "toy/0 : 0", "toy/0 : 1", "toy/1 : 0")
     await tab.click("[data-filter=worsened]")
     await lists(tab)  # nothing of this run is wrong where the other is right
@@ -166,14 +167,14 @@ async def test_the_keyboard_is_enough(tab: Tab, report: str) -> None:
     await tab.press("/", "/")
     await tab.until("document.activeElement.id === 'search'")
     await tab.evaluate("document.activeElement.select()")
-    await tab.type("toy/1")
+    await tab.type("toy/0")
     await tab.until("document.getElementById('count').textContent === '2 of 5 trajectories'")
     await tab.press("Escape")
     for key in ("j", "j", "j", "k"):
         await tab.press(key, key)
-    await tab.until("document.getElementById('detail').innerText.includes('answer 8')")
+    await tab.until("document.getElementById('detail').innerText.includes('answer 5')")
     assert (
-        await tab.evaluate("document.querySelector('[aria-selected=true] .name').textContent") == "toy/1 : 0"
+        await tab.evaluate("document.querySelector('[aria-selected=true] .name').textContent") == "toy/0 : 0"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from eval.report.plots import Curve, Spread
 from eval.report.sources import Run
 from eval.report.tally import Tally
 
+logger = logging.getLogger(__name__)
+
+MISSING_PLOTS = "Plots need matplotlib: pip install -e '.[report]', then write the report again."
 MOST = 6
 """Sets side by side in one plot, as many as there are colours."""
 ENDS = {
@@ -40,12 +44,14 @@ class Figure(NamedTuple):
 def figures(run: Run, tallies: Sequence[Tally], index: dict[str, Any]) -> list[Figure]:
     """All that there is data for; none where matplotlib is missing."""
     if not plots.is_available():
+        logger.warning(MISSING_PLOTS)
         return []
     main = _main_sets(tallies)
     found = [_curve(tallies), *_groups(main), *_ends(index), *_shapes(main, index)]
     for log in run.logs:
-        note = f"{len(log.steps):,} steps; thick: a running mean over a twentieth. Log-ratios are to the reference."
-        found.append(Figure(f"Training: {log.name}", note, *plots.training(log)))
+        drawing, is_wide = plots.training(log)
+        note = f"{len(log.steps):,} steps; thick: a running mean over a twentieth of them."
+        found.append(Figure(f"Training: {log.name}", note, drawing, is_wide))
     return [figure for figure in found if figure is not None]
 
 

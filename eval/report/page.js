@@ -74,8 +74,10 @@ function readAddress() {
   const [tab, query] = location.hash.slice(1).split("?");
   const values = new URLSearchParams(query);
   state.tab = ["trajectories", "pairs"].includes(tab) ? tab : "overview";
-  state.set = values.get("set") ?? "";
-  state.other = values.get("other") ?? "";
+  const second = index.sets.findIndex((set) => set.run !== index.sets[0].run && set.total);
+  const compares = query === undefined && tab === "trajectories" && second > 0; // what two runs are shown together for
+  state.set = values.get("set") ?? (compares ? "0" : "");
+  state.other = values.get("other") ?? (compares ? String(second) : "");
   state.q = values.get("q") ?? "";
   state.shown = new Set((values.get("show") ?? "").split(",").filter((name) => name in GROUPS));
   state.marks = new Set((values.get("only") ?? "").split(",").filter((name) => name in MARKS));

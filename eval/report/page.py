@@ -9,6 +9,7 @@ handing strings to HTML parsers included.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -18,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.evaluate import Score
-from eval.report.figures import Figure
+from eval.report.figures import MISSING_PLOTS, Figure
 from eval.report.records import pack
 from eval.report.sources import Run
-from eval.report.tally import Tally
+from eval.report.tally import Tally, paired
 from eval.report.tokens import Piece
 from mtpo.runs import read_json
 
 HERE = Path(__file__).parent
-MISSING_PLOTS = "Plots need matplotlib: pip install -e '.[report]', then write the report again."
 
 
 def page(
@@ -51,8 +51,8 @@ def page(
         "num_trajectories": f"{len(index['rows']['set']):,}",
         "num_pairs": f"{len(index['pairs']):,}",
         "table": "".join(_table(tallies)),
-        "paired": "".join(_paired(runs[0])),
-        "figures": "".join(map(_figure, figures)) or f"<p>{escape(MISSING_PLOTS)}</p>",
+        "paired": "".join(_paired(runs, tallies)),
+        "figures": "".join(map(_figure, figures)) or f"<p>{MISSING_PLOTS}</p>",
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
         "config": escape(json.dumps(runs[0].config, indent=2, ensure_ascii=False)),
         "style": style,
@@ -138,17 +138,20 @@ def _interval(share: Score) -> str:
     )
 
 
-def _paired(run: Run) -> Iterator[str]:
-    """What the run's summary says of two models on the same problems."""
-    path = run.folder / "summary.json"
+def _paired(runs: Sequence[Run], tallies: Sequence[Tally]) -> Iterator[str]:
+    """What the run's summary says of two models on the same problems; and the first sets of two runs."""
+    path = runs[0].folder / "summary.json"
     summary = read_json(path) if path.exists() else {}
-    paired = summary.get("paired") or {}
-    if "improved" in paired:
+    tests = summary.get("paired") or {}
+    if "improved" in tests:
         names = [stage.get("name", "") for stage in summary.get("stages", [{}])]
-        paired = {f"{names[-1]} against {names[0]}, greedy": paired}
+        tests = {f"{names[-1]} against {names[0]}, greedy": tests}
     else:
-        paired = {f"Against {before}": test for before, test in paired.items()}
-    for name, test in paired.items():
+        tests = {f"Against {before}": test for before, test in tests.items()}
+    after, before = (next((t for t in tallies if t.run == run.name), None) for run in (runs[0], runs[-1]))
+    if len(runs) > 1 and after and before and (test := paired(before, after)):
+        tests[f"{after.name} against {before.name}"] = dataclasses.asdict(test)
+    for name, test in tests.items():
         if {"improved", "worsened", "z", "p"} <= test.keys():
             kind = {"permutation": "permutation test"}.get(test.get("test", ""), "McNemar's test")
             yield (

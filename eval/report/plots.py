@@ -226,7 +226,7 @@ PANELS: dict[str, dict[str, str]] = {
     "loss": {"loss": "ink"},
     "margin": {"margin": "ink"},
     "share of pairs in order": {"accuracy": "ink"},
-    "log-ratio, nats": dict.fromkeys(RATIOS[0], "good") | dict.fromkeys(RATIOS[1], "bad"),
+    "log-ratio to reference, nats": dict.fromkeys(RATIOS[0], "good") | dict.fromkeys(RATIOS[1], "bad"),
     "gradient norm": {"grad_norm": "ink"},
 }
 """What is drawn of a training run, where it was logged: panels, and their figures with their colours."""

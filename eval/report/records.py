@@ -69,6 +69,8 @@ class Records:
         """What training takes a trajectory for: `chosen`, `rejected`, `desirable`, `undesirable`, `shown`."""
         self.chunks: list[str] = []
         """Text and tokens, in turn."""
+        self.policies: dict[str, None] = {}
+        """Names of the samplers, in the order in which they come."""
         self.used_ids: set[int] = set()
         self.some_actions: list[tuple[Sequence[int], str]] = []
         """Some actions with their text, to try a tokenizer on."""
@@ -100,6 +102,7 @@ class Records:
             self.columns[name].append(value)
         self._texts.append(_text_record(trajectory))
         self._tokens.append([_token_record(s) for s in trajectory.segments])
+        self.policies[trajectory.policy] = None
         self.used_ids.update(trajectory.input_ids)
         if len(self.some_actions) < 20 and not trajectory.is_from_text:
             self.some_actions += [(s.ids, s.text) for s in trajectory.actions]

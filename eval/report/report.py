@@ -47,14 +47,17 @@ def write_report(
     if limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
     runs = _named_apart([read_run(run), *([read_run(compare)] if compare is not None else [])])
-    chosen = load_local_tokenizer([tokenizer] if tokenizer else [n for r in runs for n in r.tokenizers])
-    if tokenizer and chosen is None:
-        raise InputError(f"tokenizer {tokenizer}: there is none of this name on this machine")
     records, notes = Records(), [note for r in runs for note in r.notes]
     total = sum(s.num_trajectories for r in runs for s in r.sets)
     share = min(1.0, limit / total) if total else 1.0
     with Grader() as grader:
         tallies = [_add_set(records, s, share, grader) for r in runs for s in r.sets]
+    named = (
+        [tokenizer] if tokenizer else [name for r in runs for name in r.tokenizers] + list(records.policies)
+    )
+    chosen = load_local_tokenizer(named)
+    if tokenizer and chosen is None:
+        raise InputError(f"tokenizer {tokenizer}: there is none of this name on this machine")
     for each in runs:
         notes += _add_rows(records, each, share, chosen, limit)
     if len(records) < total:

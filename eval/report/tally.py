@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import fmean
 
 from eval.evaluate import Score
-from eval.metrics import pass_at_k
+from eval.metrics import PairedTest, paired_test, pass_at_k
 from mtpo.grader import Grade
 from mtpo.trajectory import Problem, Trajectory
 
@@ -77,6 +77,16 @@ class Tally:
         if fewest < 2:
             return None
         return fewest, fmean(pass_at_k(len(own), sum(own), fewest) for own in self.correct.values())
+
+
+def paired(before: Tally, after: Tally) -> PairedTest | None:
+    """The test on the problems of which both have one trajectory; None if there is no such problem."""
+    shared = [i for i, own in before.correct.items() if len(own) == len(after.correct.get(i, ())) == 1]
+    return (
+        paired_test([before.correct[i][0] for i in shared], [after.correct[i][0] for i in shared])
+        if shared
+        else None
+    )
 
 
 def _score(correct: Sequence[Sequence[bool]]) -> Score:

@@ -14,7 +14,7 @@ def load_local_tokenizer(names: Iterable[str]) -> Any | None:
     """The first tokenizer among these names and folders that is on this machine; nothing is downloaded."""
     from transformers import AutoTokenizer
 
-    for name in names:
+    for name in filter(None, names):
         try:
             return AutoTokenizer.from_pretrained(name, local_files_only=True)
         except Exception:  # whatever is wrong with it: the next one may do, and so does none
