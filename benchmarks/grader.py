@@ -95,9 +95,7 @@ def read_trajectories(path: Path) -> list[Example]:
 def read_solutions(folder: Path) -> list[Example]:
     """The worked solutions of MATH or GSM8K, each to be found equal to the gold answer that it holds."""
     rows = [
-        json.loads(line)
-        for split in ("train", "test")
-        for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        parse_object(line) for split in ("train", "test") for _, line in file_lines(folder / f"{split}.jsonl")
     ]
     solutions = [row.get("solution", row.get("answer")) for row in rows]
     golds = [
@@ -263,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(*table(results), sep="\n")
     held = list(bars(results))
     for name, value, bar, is_held in held:
-        print(f"{'held  ' if is_held else 'MISSED'}  {name} {bar:.4g}: {value:.4g}")
+        print(f"{'held  ' if is_held else 'MISSED'}  {name} {bar:.6g}: {value:.6g}")
     if options.json:
         figures = {
             name: {p: dataclasses.asdict(f) for p, f in peers.items()} for name, peers in results.items()

@@ -64,7 +64,7 @@ _MARKUP = _rules(
     ),
     (r"(\.\d*)\\(?:dot|bar)\{(\d+)\}", r"\1\\overline{\2}"),
     (r"</?s>|<eos>|<pad>|<(?:start|end)_of_turn>|<\|[^|<>]{1,30}\|>", ""),
-    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\!)(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,|\\!)(?=\d{3}(?!\d))", ""),
     (r"\\(?:q?quad|thinspace|enspace|hfill|allowbreak)(?![A-Za-z])|\\[,;:> ]|~|\\$", " "),
     (
         r"\\!|\\(?:checkmark|blacksquare|square|Box|displaystyle|textstyle|limits|nolimits|hline|strut)(?![A-Za-z])",

@@ -13,6 +13,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
+from mtpo.answer_forms import written_out
 from mtpo.answer_text import closing, split_top
 from mtpo.exact_numbers import TooLargeError, parse_number
 
@@ -25,6 +26,7 @@ _RELATIONS = re.compile(r"\\(?:le|ge|ne|in)(?![A-Za-z])|<|>")
 _COMMA = re.compile(",")
 _UNION = re.compile(r"\\cup(?![A-Za-z])")
 _OR = re.compile(r"\\lor(?![A-Za-z])|,|;")
+_POINT_SEPARATOR = re.compile(r"\\l(?:or|and)(?![A-Za-z])|,|;")
 _AND = re.compile(r"\\land(?![A-Za-z])")
 _NE = re.compile(r"\\ne(?![A-Za-z])")
 _IN = re.compile(r"\\in(?![A-Za-z])")
@@ -68,7 +70,7 @@ def parse_set(text: str) -> list[Piece] | None:
     if _ALL_REALS.fullmatch(text):
         return [REALS]
     if found := _ALL_REALS_BUT.fullmatch(text):
-        return _without(REALS, split_top(found.group(1), _OR))
+        return _without(REALS, _points(found.group(1)))
     if text.startswith("Union(") and closing(text, 5) == len(text) - 1:
         return _union(split_top(text[6:-1], _COMMA))
     for separator in (_UNION, _OR):
@@ -137,7 +139,11 @@ def _intersection(parts: list[str]) -> list[Piece] | None:
 def _excluded(text: str) -> list[str] | None:
     r"""The points of `x \ne 1, 2`; None if the text says anything else."""
     sides = split_top(text, _NE)
-    return split_top(sides[1], _COMMA) if len(sides) == 2 and _VARIABLE.fullmatch(sides[0]) else None
+    return _points(sides[1]) if len(sides) == 2 and _VARIABLE.fullmatch(sides[0]) else None
+
+
+def _points(text: str) -> list[str]:
+    return written_out(split_top(text, _POINT_SEPARATOR))
 
 
 def _difference(base: str, removed: str) -> list[Piece] | None:
@@ -146,7 +152,7 @@ def _difference(base: str, removed: str) -> list[Piece] | None:
     if pieces is None or len(pieces) != 1:
         return None
     if removed.startswith("\\{"):
-        return _without(pieces[0], split_top(removed.removeprefix("\\{").removesuffix("\\}"), _COMMA))
+        return _without(pieces[0], _points(removed.removeprefix("\\{").removesuffix("\\}")))
     gap = parse_set(removed)
     if gap is None or len(gap) != 1 or pieces != [REALS]:
         return None

@@ -257,8 +257,9 @@ def test_trajectories_and_solutions_are_read_for_the_graders(tmp_path: Path) -> 
     text = "```python\nprint(7)\n```\n```output\n7\n```\n\\boxed{7}"
     assert read_trajectories(tmp_path / "t.jsonl") == [Example(text, "7", None)]
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"answer": "3 * 6 = 18\n#### 18"}) + "\n")
-    assert read_solutions(tmp_path) == [Example("3 * 6 = 18\n#### 18", "18", True)] * 2
+        solution = json.dumps({"answer": "3 * 6 =\u2028 18\n#### 18"}, ensure_ascii=False)
+        (tmp_path / f"{split}.jsonl").write_text(solution + "\n", encoding="utf-8")
+    assert read_solutions(tmp_path) == [Example("3 * 6 =\u2028 18\n#### 18", "18", True)] * 2
 
 
 def commands() -> list[str]:
