@@ -26,8 +26,7 @@ TURN_S = 15.0
 """Mean time of a turn in the engine: 150 tokens of 10 a second, which for 1,000 at once are 10,000 tokens a second."""
 TOOL_S = 0.5
 CALL = """\
-First I put down what is known and then let Python do the sums, so that no digit is lost on the way. Every amount that \
-the question names gets a variable of its own, and the last line prints what was asked.
+First I put down what is known and then let Python do the sums.
 ```python
 from sympy import symbols, solve
 
@@ -122,8 +121,8 @@ async def measure_driver(num_in_flight: int, turn_s: float = TURN_S) -> DriverFi
         engine,
         SleepingInterpreter(),
         chat,
-        generated_problems("train", 1000),
-        samples=1_000_000,  # more than there is time for
+        generated_problems("train", 4 * num_in_flight),  # more than there is time for
+        samples=8,
         max_in_flight=num_in_flight,
     )
     with tempfile.TemporaryDirectory() as folder, Journal(folder) as journal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -193,7 +194,9 @@ async def rollout(
         for root in range(first_sample, first_sample + samples, width)
         if (wanted := [s for s in range(root, root + width) if (problem.id, s) not in skip])
     )
-    player = _Player(engine, interpreter, chat, decoding, limits, seed, system, policy, iteration, tree)
+    # The samples of a problem begin one after the other and share its prompt.
+    prompt = functools.lru_cache(maxsize=16)(functools.partial(chat.prompt, system=system))
+    player = _Player(engine, interpreter, chat, prompt, decoding, limits, seed, policy, iteration, tree)
     running: set[asyncio.Task[list[Trajectory]]] = set()
     finished: asyncio.Queue[asyncio.Task[list[Trajectory]]] = asyncio.Queue()
     try:
@@ -258,10 +261,10 @@ class _Player:
     engine: Engine
     interpreter: Interpreter
     chat: ChatFormat
+    prompt: Callable[[str], Segment]
     decoding: Decoding
     limits: RolloutLimits
     seed: int
-    system: str | None
     policy: str
     iteration: int
     tree: BranchingTree
@@ -313,7 +316,7 @@ class _Player:
             raise
 
     def _begin(self, problem: Problem) -> _Tape:
-        return _Tape([self.chat.prompt(problem.question, system=self.system)])
+        return _Tape([self.prompt(problem.question)])
 
     async def play(self, problem: Problem, sample: int) -> Trajectory:
         """One trajectory from the start, with the draws of others in the turns that it shares with them."""
