@@ -44,7 +44,7 @@ def show(config: Config) -> str:
     run = read_run(config.run)
     (source, trajectory, grade), *others = _found(run, config)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    problem = source.problems[trajectory.problem_id]
+    problem = source.problem_of(trajectory)
     named = [config.tokenizer] if config.tokenizer else [*run.tokenizers, trajectory.policy]
     pieces = _pieces(trajectory, named)
     print("\n".join(trajectory_lines(trajectory, problem, grade, pieces, color=color)) + "\n")

@@ -234,14 +234,14 @@ def test_without_matplotlib_there_are_no_plots_but_a_line(
 def test_a_run_without_its_tokenizer_has_no_pieces_and_says_so(tmp_path: Path) -> None:
     write_set(tmp_path / "run", [APPLES], [RIGHT])
     report = write_report(tmp_path / "run")
-    assert unpacked(report, "pieces") is None and "tokenizer is not on this machine" in text_of(report)
+    assert unpacked(report, "pieces") is None and "No tokenizer on this machine reads" in text_of(report)
 
 
 def test_a_tokenizer_that_did_not_make_the_ids_is_not_believed(tmp_path: Path) -> None:
     write_set(tmp_path / "run", [APPLES], [RIGHT])
     make_tokenizer("gemma").save_pretrained(tmp_path / "other")
     report = write_report(tmp_path / "run", tokenizer=str(tmp_path / "other"))
-    assert unpacked(report, "pieces") is None and "does not read these tokens" in text_of(report)
+    assert unpacked(report, "pieces") is None and "No tokenizer on this machine reads" in text_of(report)
 
 
 @pytest.mark.parametrize("family", ["gemma", "mistral", "llama3", "qwen2_5"])
@@ -260,6 +260,17 @@ def test_bytes_that_are_no_character_stay_bytes() -> None:
     ids = TOKENIZER.encode("€", add_special_tokens=False)
     pieces = token_pieces(TOKENIZER, ids)
     assert [pieces[i] for i in ids] == [[0xE2], [0x82], [0xAC]]
+
+
+def test_a_broken_training_row_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [RIGHT])
+    write_pairs(run / "pairs.jsonl", (RIGHT, RIGHT))
+    row = json.loads((run / "pairs.jsonl").read_text())
+    write_jsonl(run / "pairs.jsonl", [row, row | {"chosen_completion_mask": [0]}])
+    with pytest.raises(
+        InputError, match=r"pairs\.jsonl, line 2: .* chosen_input_ids but 1 chosen_completion_mask"
+    ):
+        write_report(run)
 
 
 @pytest.mark.parametrize("folder", ["nothing", "empty"])

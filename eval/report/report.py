@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.problems import file_lines, parse_object
 from eval.report.figures import figures
 from eval.report.page import page
 from eval.report.records import Records, keeps, trajectories_of_row, use_of
 from eval.report.sources import Run, TrajectorySet, read_run
 from eval.report.tally import Tally
 from eval.report.tokens import fits, load_local_tokenizer, token_pieces
-from mtpo.batches import Row, row_kind, sides
+from mtpo.batches import Row, check_row, row_kind, sides
 from mtpo.errors import InputError
 from mtpo.grader import Grade, Grader
 from mtpo.trajectory import Problem
@@ -52,35 +53,40 @@ def write_report(
     share = min(1.0, limit / total) if total else 1.0
     with Grader() as grader:
         tallies = [_add_set(records, s, share, grader) for r in runs for s in r.sets]
-    named = (
-        [tokenizer] if tokenizer else [name for r in runs for name in r.tokenizers] + list(records.policies)
-    )
-    chosen = load_local_tokenizer(named)
-    if tokenizer and chosen is None:
-        raise InputError(f"tokenizer {tokenizer}: there is none of this name on this machine")
+    reader = _tokenizer(runs, records, tokenizer)
     for each in runs:
-        notes += _add_rows(records, each, share, chosen, limit)
+        notes += _add_rows(records, each, share, reader, limit)
+    pieces = token_pieces(reader, sorted(records.used_ids)) if reader is not None else None
+    if len(records) and reader is None:
+        notes.append("No tokenizer on this machine reads the tokens of this run; --tokenizer may name one.")
     if len(records) < total:
         notes.append(
             f"The page holds {len(records):,} of {total:,} trajectories: all those of the problems that were drawn. "
             "Tables are computed from all, plots of ends, lengths and turns from those on the page."
         )
     index = records.finish()
-    pieces = None
-    if chosen is not None and not fits(chosen, records.some_actions):
-        notes.append("The tokenizer found does not read these tokens as their text says, so it is not used.")
-    elif chosen is not None:
-        pieces = token_pieces(chosen, sorted(records.used_ids))
-    elif len(records):
-        notes.append(
-            "The run's tokenizer is not on this machine: --tokenizer names one, to see single tokens."
-        )
+    path = Path(out) if out is not None else runs[0].folder / _name(runs)
     drawn = figures(runs[0], tallies, index)
-    own_name = f"report_against_{runs[1].folder.resolve().name}.html" if len(runs) > 1 else "report.html"
-    path = Path(out) if out is not None else runs[0].folder / own_name
     _write(path, page(runs, tallies, drawn, index, records.chunks, pieces, notes))
     logger.info("%s: %d trajectories, %.1f MB", path, len(records), path.stat().st_size / 1e6)
     return path
+
+
+def _name(runs: Sequence[Run]) -> str:
+    return f"report_against_{runs[1].folder.resolve().name}.html" if len(runs) > 1 else "report.html"
+
+
+def _tokenizer(runs: Sequence[Run], records: Records, name: str | None) -> Any | None:
+    """The tokenizer of this name, or the run's; None if none is here, or the one here reads the tokens wrongly.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    candidates = [name] if name else [*(n for run in runs for n in run.tokenizers), *records.policies]
+    found = load_local_tokenizer(candidates)
+    if name and found is None:
+        raise InputError(f"tokenizer {name}: there is none of this name on this machine")
+    return found if found is not None and fits(found, records.some_actions) else None
 
 
 def _named_apart(runs: list[Run]) -> list[Run]:
@@ -104,7 +110,7 @@ def _add_set(records: Records, source: TrajectorySet, share: float, grader: Grad
     records.begin_set(source.name, source.run, source.num_trajectories, drawn)
     tally = Tally(source.name, source.run)
     for trajectory, grade in source.graded(grader):
-        problem = source.problems[trajectory.problem_id]
+        problem = source.problem_of(trajectory)
         tally.add(trajectory, problem, grade)
         if keeps(problem.id, share):
             records.add(trajectory, problem, grade)
@@ -117,42 +123,50 @@ def _add_rows(records: Records, run: Run, share: float, tokenizer: Any, limit: i
     Returns:
         Notes on what is missing.
     """
-    strays: list[tuple[Row, str]] = []
-    left_out = 0
-    for path in run.row_files:
-        for row in _rows(path):
-            if not keeps(row["problem_id"], share):
+    num_left_out, has_strays = 0, False
+    for row in itertools.chain.from_iterable(map(_rows, run.row_files)):
+        if not keeps(row["problem_id"], share):
+            continue
+        places = {side: records.find(row["problem_id"], row[f"{side}input_ids"]) for side in sides(row)}
+        if None in places.values():
+            if len(records) >= 2 * limit:
+                num_left_out += 1
                 continue
-            found = {s: records.find(row["problem_id"], row[f"{s}input_ids"]) for s in sides(row)}
-            if None in found.values() and len(records) + len(strays) >= 2 * limit:
-                left_out += 1
-                continue
-            if None in found.values() and not strays:
+            if not has_strays:
                 records.begin_set("training rows", run.name, 0)
-            for side, trajectory in trajectories_of_row(row, tokenizer):
-                if found[side] is None:
-                    strays.append((row, side))
-                    found[side] = records.add(
-                        trajectory, Problem(row["problem_id"], "", ""), _label(row, side)
-                    )
-                records.uses.setdefault(found[side], set()).add(use_of(row, side))  # pyright: ignore
-            if row_kind(row) == "pair":
-                records.pairs.append((found["chosen_"], found["rejected_"]))  # pyright: ignore
-    if left_out:
-        return [f"{left_out:,} training rows are left out: the page holds {len(records):,} trajectories."]
+                has_strays = True
+        numbers = []
+        for side, trajectory in trajectories_of_row(row, tokenizer):
+            number = places[side]
+            if number is None:
+                number = records.add(trajectory, Problem(row["problem_id"], "", ""), _label(row, side))
+            records.uses.setdefault(number, set()).add(use_of(row, side))
+            numbers.append(number)
+        if row_kind(row) == "pair":
+            records.pairs.append((numbers[0], numbers[1]))
+    if num_left_out:
+        return [f"{num_left_out:,} training rows are left out: the page holds {len(records):,} trajectories."]
     return []
 
 
 def _rows(path: Path) -> Iterable[Row]:
-    """Rows as they come; `mtpo.batches.read_rows` would hold the whole file in memory."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                if all(f"{side}completion_mask" in row for side in sides(row)) and "problem_id" in row:
-                    yield row
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{path}, line {number}: not a training row: {error}") from None
+    """Rows as they come; `mtpo.batches.read_rows` would hold the whole file in memory.
+
+    Lines without a mask are no rows but the conversations that recipes.sft makes rows of; they are passed over.
+
+    Raises:
+        InputError: a line is not JSON, or a row is broken.
+    """
+    for place, line in file_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = parse_object(line)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+        if any(f"{side}completion_mask" in row for side in sides(row)):
+            check_row(row, place)
+            yield row
 
 
 def _label(row: Row, side: str) -> Grade:

@@ -50,12 +50,6 @@ class TrajectorySet:
     def num_trajectories(self) -> int:
         return summarize(self.folder / "trajectories").num_trajectories
 
-    @property
-    def metrics(self) -> dict[str, Any] | None:
-        """The figures that an evaluation wrote, if one did."""
-        path = self.folder / "metrics.json"
-        return read_json(path) if path.exists() else None
-
     def graded(self, grader: Grader) -> Iterator[tuple[Trajectory, Grade]]:
         """Every trajectory with the verdict that the run recorded, or, where there is none, the grader's.
 
@@ -76,17 +70,21 @@ class TrajectorySet:
 
     def _grades_of(self, batch: Sequence[Trajectory], grader: Grader) -> list[Grade]:
         missing = [t for t in batch if (t.problem_id, t.sample) not in self._recorded]
-        pairs = [(t.actions[-1].text if t.actions else "", self._gold(t)) for t in missing]
+        pairs = [(t.actions[-1].text if t.actions else "", self.problem_of(t).answer) for t in missing]
         new = {(t.problem_id, t.sample): g for t, g in zip(missing, grader.grade_many(pairs), strict=True)}
         return [new.get(key) or self._recorded[key] for key in ((t.problem_id, t.sample) for t in batch)]
 
-    def _gold(self, trajectory: Trajectory) -> str:
+    def problem_of(self, trajectory: Trajectory) -> Problem:
+        """
+        Raises:
+            InputError: `problems.jsonl` lacks it.
+        """
         if trajectory.problem_id not in self.problems:
             raise InputError(
                 f"{self.folder}: a trajectory is of problem {trajectory.problem_id!r}, "
                 "which is not in problems.jsonl"
             )
-        return self.problems[trajectory.problem_id].answer
+        return self.problems[trajectory.problem_id]
 
     @cached_property
     def _recorded(self) -> dict[Key, Grade]:
