@@ -241,7 +241,11 @@ class _Tape:
 
     @property
     def ids(self) -> list[int]:
-        return [i for segment in self.segments for i in segment.ids]
+        return list(itertools.chain.from_iterable(segment.ids for segment in self.segments))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
 
     @property
     def num_turns(self) -> int:
@@ -271,9 +275,10 @@ class _Player:
 
     async def play_block(self, problem: Problem, wanted: Sequence[int]) -> list[Trajectory]:
         """The `wanted` samples of one block, in ascending order."""
+        if len(wanted) == 1:
+            return [await self.play(problem, wanted[0])]
         found: dict[int, Trajectory] = {}
-        if len(wanted) > 1:
-            await self._grow(self._begin(problem), self.interpreter.session(), problem, wanted, found)
+        await self._grow(self._begin(problem), self.interpreter.session(), problem, wanted, found)
         # A fault, a want of kernels to fork into, or a beginning that ended too early: from the start, each for
         # itself and with its retries.
         missing = [sample for sample in wanted if sample not in found]
@@ -437,7 +442,7 @@ class _Player:
             logps = action.logps and action.logps[:-1]
             tape.segments[-1] = action = Segment("action", action.ids[:-1], logps, action.text)
         observation = self.chat.observation(execution.text, after=action.ids)
-        if len(tape.ids) + len(observation.ids) >= self.engine.max_context:
+        if tape.num_tokens + len(observation.ids) >= self.engine.max_context:
             return False
         tape.segments.append(observation)
         return True
