@@ -30,6 +30,7 @@ ROWS: dict[str, Callable[[int], list[Row]]] = {
     "dpo": tiny_pairs,
     "kto": tiny_labels,
     "pmpo": tiny_labels,
+    "dro_v": tiny_labels,
 }
 STILL = 1e-30
 """A learning rate that moves nothing."""
@@ -231,6 +232,7 @@ def test_policy_and_reference_of_the_baselines_count_the_same_tokens(mask: Any, 
         chosen = settings(method, STILL, mask=mask)
         result = train(policy, rows, chosen, tmp_path / method, reference_model=reference, progress=False)
         assert result.metrics["loss"] == pytest.approx(expected, rel=1e-4)
+        assert result.metrics.get("z0", z0) == pytest.approx(z0, rel=1e-4)
 
 
 @pytest.mark.parametrize(

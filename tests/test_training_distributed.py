@@ -15,7 +15,7 @@ from tests.process_pair import leave_together
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
 
-ROWS = {"sft": tiny_singles, "dpo": tiny_pairs, "kto": tiny_labels, "pmpo": tiny_labels}
+ROWS = {"sft": tiny_singles, "dpo": tiny_pairs, "kto": tiny_labels, "pmpo": tiny_labels, "dro_v": tiny_labels}
 
 
 def _settings(method: str) -> TrainingSettings:

@@ -28,6 +28,8 @@ LOGPS = ([-1.0, -2.0, -0.5], [-0.25, -3.0], [-1.5], [-0.75, -1.25, -0.5, -2.0])
 REFERENCE = ([-2.5, -2.5, -1.0], [-0.5, -1.0], [-4.0], [-0.25, -1.0, -0.25, -0.5])
 LABELS = (True, True, False, False)
 Z0 = 0.3
+REWARDS = (1.5, 1.5, -0.5, -0.5)
+VALUES = (0.2, -0.1, 0.4, 0.0)
 
 
 class Trajectory(NamedTuple):
@@ -94,6 +96,14 @@ def pmpo(options: Options) -> float:
     return total
 
 
+def dro_v(options: Options) -> float:
+    tau, total = options["tau"], 0.0
+    for t, reward, value in zip(TRAJECTORIES, REWARDS, VALUES, strict=True):
+        residual = reward - value - tau * t.rho
+        total += residual**2 / (2 * tau) + residual**2 / 2
+    return total / 4
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -111,6 +121,7 @@ BY_HAND: dict[str, Callable[[Options], float]] = {
     "savage": lambda o: paired(o, lambda z: sigmoid(-z) ** 2),
     "kto": kto,
     "pmpo": pmpo,
+    "dro_v": dro_v,
 }
 
 CASES = [(method, option) for method in METHODS for option in (None, *METHODS[method].defaults)]
@@ -151,4 +162,6 @@ def scores() -> Scores:
         labels=torch.tensor(LABELS),
         z0=torch.tensor(Z0, dtype=torch.float64),
         desirable_share=torch.tensor(0.5),
+        rewards=torch.tensor(REWARDS, dtype=torch.float64),
+        values=torch.tensor(VALUES, dtype=torch.float64),
     )

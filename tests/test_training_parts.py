@@ -38,6 +38,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"method": "kto", "label_smoothing": 0.1}, "label_smoothing has no effect"),
     ({"method": "ipo", "beta": 0.1}, "beta has no effect on method 'ipo', which uses tau"),
     ({"method": "raft", "nll_coef": 1.0}, "nll_coef has no effect"),
+    ({"method": "dpo", "value_learning_rate": 1.0}, "value_learning_rate has no effect on method 'dpo'"),
+    ({"method": "dro_v", "value_learning_rate": 0.0}, "value_learning_rate is 0.0, expected a positive"),
     ({"method": "ppo"}, "method is 'ppo'; expected one of sft, raft, dpo"),
     ({"method": "dpo", "beta": 0.0}, "beta is 0.0"),
     ({"method": "dpo", "beta": math.nan}, "beta is nan"),

@@ -7,6 +7,7 @@ trainer.py    the trainer, on transformers.Trainer
 reference.py  log-probs of the reference, cached by content
 guards.py     checks that training would be silently wrong
 mismatch.py   KTO's mismatched trajectories
+value.py      DRO-V's value network
 optim.py      AdamW, Muon, schedules
 metrics.py    what a step reports, and when it warns
 callbacks.py  progress bar, metrics file, checkpoints

@@ -12,7 +12,17 @@ from functools import partial
 from torch import Tensor
 
 from mtpo.batches import RowKind
-from mtpo.losses import LossOut, kto_loss, masked_sum, paired_loss, pmpo_loss, sampled_kl, sft_loss
+from mtpo.losses import (
+    LossOut,
+    dro_policy_loss,
+    dro_value_loss,
+    kto_loss,
+    masked_sum,
+    paired_loss,
+    pmpo_loss,
+    sampled_kl,
+    sft_loss,
+)
 
 Options = Mapping[str, float]
 
@@ -35,6 +45,10 @@ class Scores:
     """KTO's baseline, for the whole global batch."""
     desirable_share: Tensor | None = None
     """Share of the desirable trajectories in the global batch."""
+    rewards: Tensor | None = None
+    """(N,), 1 or 0 by label, of mean 0 and variance 1 over the data set."""
+    values: Tensor | None = None
+    """(N,), what the value network says of the prompts; carries its gradient."""
 
     @property
     def rho(self) -> Tensor:
@@ -99,6 +113,20 @@ def pmpo(scores: Scores, options: Options) -> LossOut:
     return out
 
 
+def dro_v(scores: Scores, options: Options) -> LossOut:
+    """The loss of the policy plus that of the value network, which share no parameter."""
+    assert scores.rewards is not None and scores.values is not None
+    rho, rewards, values, tau = scores.rho, scores.rewards, scores.values.double(), options["tau"]
+    policy = dro_policy_loss(rho, rewards, values, tau)
+    value = dro_value_loss(values, rewards, rho, tau)
+    assert policy.per_example is not None and value.per_example is not None
+    metrics = {name: policy.metrics[name] for name in ("residual", "rho", "value")}
+    target = (rewards - tau * rho).detach()
+    metrics |= {"target": target.mean().item(), "target_square": target.square().mean().item()}
+    metrics |= {"loss/policy": policy.loss.item(), "loss/value": value.loss.item()}
+    return LossOut(policy.loss + value.loss, policy.per_example + value.per_example, metrics)
+
+
 OF_PAIRS = {"label_smoothing": 0.0, "nll_coef": 0.0, "normalize": False}
 PAIRED = {"beta": 0.1} | OF_PAIRS
 
@@ -115,4 +143,5 @@ METHODS: dict[str, Method] = {
     "savage": Method("pair", partial(paired, kind="savage"), PAIRED),
     "kto": Method("label", kto, {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 1.0}),
     "pmpo": Method("label", pmpo, {"alpha": 0.5, "beta": 0.5, "normalize": False}),
+    "dro_v": Method("label", dro_v, {"tau": 1.0}),
 }

@@ -64,6 +64,16 @@ def pair_metrics(scores: Scores) -> dict[str, float]:
     return values
 
 
+def explained_variance(values: Mapping[str, float]) -> dict[str, float]:
+    """Of DRO-V's target, by the value network, over a whole step; nothing if the target does not vary.
+
+    From the means of the target, its square, the residual and half the residual's square.
+    """
+    variance = values["target_square"] - values["target"] ** 2
+    left = 2 * values["loss/value"] - values["residual"] ** 2
+    return {"explained_variance": 1 - left / variance} if variance > 1e-9 else {}
+
+
 class CollapseMonitor:
     """Warns, once of each kind, when good trajectories become unlikely or the policy runs away."""
 

@@ -23,7 +23,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizer:
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if settings.optimizer == "adamw":
-        return _adamw(trainable, settings)
+        return adamw(trainable, settings, settings.learning_rate)
     if not hasattr(torch.optim, "Muon"):
         raise InputError(f"optimizer 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
     inner = unwrapped(model)
@@ -37,7 +37,23 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> Optimizer:
         adjust_lr_fn="match_rms_adamw",  # so that both halves share one learning rate
     )
     chosen = {id(parameter) for parameter in hidden}
-    return JointOptimizer(muon, _adamw([p for p in trainable if id(p) not in chosen], settings))
+    others = [p for p in trainable if id(p) not in chosen]
+    return JointOptimizer(muon, adamw(others, settings, settings.learning_rate))
+
+
+def adamw(parameters: Iterable[nn.Parameter], settings: TrainingSettings, learning_rate: float) -> AdamW:
+    """AdamW with weight decay on matrices only."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        fused=True,
+    )
 
 
 class JointOptimizer(Optimizer):
@@ -84,17 +100,3 @@ def lr_factor(
         return final_ratio + (1 - final_ratio) * falling
 
     return factor
-
-
-def _adamw(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> AdamW:
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        fused=True,
-    )

@@ -26,6 +26,7 @@ from mtpo.training.mismatch import with_mismatched
 from mtpo.training.reference import add_reference_logps
 from mtpo.training.settings import TrainingSettings
 from mtpo.training.trainer import TrajectoryTrainer
+from mtpo.training.value import ValueNetwork, ValueTraining
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,10 @@ def train(
 
     order = training_order([row_length(row) for row in kept], settings)
     num_steps = math.ceil(len(order) / settings.batch_size)
+    value = None
+    if settings.method == "dro_v":
+        network = ValueNetwork(reference_model or model).to(args.device)
+        value = ValueTraining(network, settings, num_steps)
     callbacks: list[TrainerCallback] = [
         MetricsFile(out / "metrics.jsonl"),
         Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
@@ -120,6 +125,7 @@ def train(
         tokenizer,
         callbacks + ([ProgressBar(settings.method)] if progress else []),
         starts_at_reference=starts_at_reference,
+        value=value,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()

@@ -45,7 +45,7 @@ class TrainingSettings:
             "help": "scale of log-ratios in the loss (eta in the multi-turn papers); in pmpo weight of the KL"
         },
     )
-    tau: float | None = field(default=None, metadata={"help": "temperature of ipo"})
+    tau: float | None = field(default=None, metadata={"help": "temperature of ipo and dro_v"})
     label_smoothing: float | None = field(
         default=None, metadata={"help": "assumed share of pairs with the wrong label"}
     )
@@ -61,6 +61,10 @@ class TrainingSettings:
     normalize: bool | None = field(
         default=None,
         metadata={"help": "true: divide what a trajectory counts by its number of action tokens"},
+    )
+    value_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "dro_v: peak of the value network's schedule; by default 5 times learning_rate"},
     )
     mask: Mask = field(
         default="action",
@@ -131,8 +135,10 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < minimum.get(name, 0):
                 raise InputError(f"{name} is {value}, expected at least {minimum.get(name, 0)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
+        if self.value_learning_rate is not None and self.method != "dro_v":
+            raise InputError(f"value_learning_rate has no effect on method {self.method!r}")
+        for name in ("learning_rate", "max_grad_norm", "value_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
         if not 0 <= self.final_lr_ratio <= 1:
             raise InputError(f"final_lr_ratio is {self.final_lr_ratio}, expected 0 to 1")

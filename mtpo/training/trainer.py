@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from mtpo.batches import PairCollator, Row, SingleCollator, row_name
-from mtpo.errors import GuardError
+from mtpo.errors import GuardError, InputError
 from mtpo.logprobs import action_logps, install
 from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
 from mtpo.training.methods import Scores
-from mtpo.training.metrics import CollapseMonitor, StepMetrics, pair_metrics
+from mtpo.training.metrics import CollapseMonitor, StepMetrics, explained_variance, pair_metrics
 from mtpo.training.optim import lr_factor, make_optimizer
 from mtpo.training.settings import TrainingSettings
+from mtpo.training.value import ValueTraining
 
 Batch = dict[str, Tensor]
 
@@ -46,13 +49,19 @@ class TrajectoryTrainer(Trainer):
         callbacks: list[TrainerCallback],
         *,
         starts_at_reference: bool,
+        value: ValueTraining | None = None,
     ) -> None:
         """
         Args:
             rows: one for every draw, of the kind that the method takes, with reference log-probs and, for kto,
                 mismatched rows.
             starts_at_reference: policy and reference are equal at step 0, which is then checked.
+            value: the value network that dro_v trains beside the policy.
         """
+        self.value = value
+        if value is not None:
+            callbacks = [*callbacks, value]
+            self.reward = standardized_reward(rows)
         self.settings = settings
         self.rows = rows
         self.starts_at_reference = starts_at_reference
@@ -115,6 +124,8 @@ class TrajectoryTrainer(Trainer):
         """Adds the means since the last call, over all processes, to what transformers logs."""
         if "loss" in logs:
             logs = logs | self.metrics.take()
+            if self.value is not None:
+                logs |= explained_variance(logs)
             drawn = min(self.state.global_step * self.settings.batch_size, len(self.rows))
             self.state.epoch = self.settings.epochs * drawn / len(self.rows)
             now = time.monotonic()
@@ -140,6 +151,16 @@ class TrajectoryTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # counting parameters at every step would cost a small model more than it is worth
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.value is not None and self.is_world_process_zero():
+            self.value.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.value is not None and checkpoint is not None:
+            self.value.load(Path(checkpoint))
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # pyright: ignore
 
@@ -151,6 +172,10 @@ class TrajectoryTrainer(Trainer):
 
     def _scores(self, model: nn.Module, batch: Batch) -> Scores:
         logps, sums = self._score(model, batch)
+        rewards = values = None
+        if self.value is not None:
+            rewards = self.reward(batch["labels"])
+            values = self.value.network(batch["input_ids"], batch["completion_mask"])
         return Scores(
             logps=logps,
             mask=batch["completion_mask"],
@@ -159,6 +184,8 @@ class TrajectoryTrainer(Trainer):
             labels=batch.get("labels"),
             z0=self.z0,
             desirable_share=self.desirable_share,
+            rewards=rewards,
+            values=values,
         )
 
     def _score(self, model: nn.Module, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
@@ -210,6 +237,18 @@ class TrajectoryTrainer(Trainer):
             index = index[(trajectories % len(index)).unique()]  # a pair has a chosen and a rejected half
         names = [row_name(self.rows[i]) for i in index.tolist()]
         return "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def standardized_reward(rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
+    """From labels, (N,) bool, to 1 and 0 shifted and scaled to mean 0 and variance 1 over `rows`, float64.
+
+    Raises:
+        InputError: all rows have the same label, so nothing tells a reward from another.
+    """
+    share = sum(row["label"] for row in rows) / len(rows)
+    if share in (0, 1):
+        raise InputError(f"dro_v needs desirable and undesirable rows; all {len(rows)} have the same label")
+    return lambda labels: (labels.double() - share) / math.sqrt(share * (1 - share))
 
 
 class _Indexed(torch.utils.data.Dataset[Row]):

@@ -1,0 +1,92 @@
+"""The value network of DRO-V: what reward a prompt promises, learnt beside the policy."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mtpo.models import unwrapped
+from mtpo.training.optim import adamw, lr_factor
+from mtpo.training.settings import TrainingSettings
+
+FILE = "value.pt"
+"""In a checkpoint: weights, optimizer and schedule."""
+
+
+class ValueNetwork(nn.Module):
+    """A copy of a language model without its head, and a scalar head that starts at 0."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        inner = unwrapped(model)
+        self.backbone = copy.deepcopy(inner.base_model)
+        self.head = nn.Linear(inner.config.get_text_config().hidden_size, 1, dtype=inner.dtype)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """V at the last prompt token, the one before the first that the mask marks.
+
+        Args:
+            input_ids, completion_mask: (B, T).
+
+        Returns:
+            (B,) float32, or the float64 of a float64 model.
+        """
+        lengths = completion_mask.argmax(-1)  # of the prompts: the first 1 of each row
+        prompts = input_ids[:, : int(lengths.max())]
+        is_prompt = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
+        hidden = self.backbone(
+            input_ids=prompts, attention_mask=is_prompt.long(), use_cache=False
+        ).last_hidden_state  # (B, P, H)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        values = self.head(last).squeeze(-1)
+        return values if values.dtype == torch.float64 else values.float()
+
+
+class ValueTraining(TrainerCallback):
+    """Takes a step on the value network whenever the policy takes one.
+
+    The policy's trainer adds the value loss to its own, so one backward pass fills the gradients of both. The
+    network is whole on every process: here, not in the policy's wrapper, its gradients are averaged.
+    """
+
+    def __init__(self, network: ValueNetwork, settings: TrainingSettings, num_steps: int) -> None:
+        self.network = network.train()
+        self.max_grad_norm = settings.max_grad_norm
+        learning_rate = settings.value_learning_rate or 5 * settings.learning_rate
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = adamw(self.parameters, settings, learning_rate)
+        factor = lr_factor(settings.lr_schedule, num_steps, settings.warmup_steps, settings.final_lr_ratio)
+        self.scheduler = LambdaLR(self.optimizer, factor)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        processes = PartialState()
+        if processes.num_processes > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= processes.num_processes
+        nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def save(self, folder: Path) -> None:
+        parts = {"network": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        saved = torch.load(folder / FILE, map_location=self.network.head.weight.device)
+        self.network.load_state_dict(saved["network"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
