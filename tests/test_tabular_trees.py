@@ -232,7 +232,10 @@ GAME = branching_tree(0)[0]
         ({"transitions": np.zeros((3, 3, 4))}, r"transitions must have shape \(S, A, S \+ F\) = \(3, 3, 9\)"),
         ({"transitions": 0.5 * GAME.transitions}, r"transitions\[0, 0\] must be probabilities that sum to 1"),
         ({"transitions": [[1], [1, 2]]}, "transitions is no array of numbers, with rows of equal length"),
-        ({"transitions": GAME.transitions[[0, 0, 2]]}, r"transitions\[1, 0\] leads back to state 1"),
+        (
+            {"transitions": GAME.transitions[[0, 0, 2]]},
+            r"transitions\[1, 0\] leads to state 1: expected later states",
+        ),
         ({"mu": np.full((3, 3), 0.5)}, "mu sums to 1.5, expected 1"),
         ({"mu": np.ones(3) / 3}, r"mu must have shape \(S, A\), got \(3,\)"),
         ({"mu": np.ones((0, 3))}, "mu is empty"),

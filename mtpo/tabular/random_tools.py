@@ -30,6 +30,7 @@ def fit_dpo(
 
     Raises:
         InputError: mu (n,), chances (n, k) or utilities (n, k) do not fit, or beta is not positive.
+        MtpoError: no convergence, which takes utilities that are far apart.
     """
     beta = check_positive("beta", beta)
     mu = check_policy("mu", mu)
@@ -56,9 +57,7 @@ def fit_dpo(
         curvature = one_hot.T @ (pairs * won * (1 - won)) @ one_hot
         laplacian = np.diag(curvature.sum(axis=1)) - curvature
         step = np.linalg.lstsq(laplacian, gradient, rcond=None)[0]
-        logits = logits - step / (
-            1 + np.ptp(step)
-        )  # damped: a full step may overshoot where sigmoids are flat
+        logits = logits - step / (1 + np.ptp(step))  # a full step may overshoot where sigmoids are flat
     raise MtpoError(
         f"trajectory DPO did not converge in {MAX_NEWTON_STEPS} steps: are utilities far beyond 10?"
     )

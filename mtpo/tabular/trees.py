@@ -60,8 +60,8 @@ class TreeGame:
             name = f"transitions[{state}, {action}]"
             if not (row >= 0).all() or abs(row.sum() - 1) > SUM_TOLERANCE:
                 raise InputError(f"{name} must be probabilities that sum to 1, got a sum of {row.sum():.6g}")
-            if row[: state + 1].any():
-                raise InputError(f"{name} leads back to state {row.argmax()}: expected later states only")
+            if (earlier := row[: state + 1]).any():
+                raise InputError(f"{name} leads to state {earlier.argmax()}: expected later states only")
             transitions[state, action] /= row.sum()
         for name, value in (("transitions", transitions), ("mu", mu), ("preference", preference)):
             object.__setattr__(self, name, value)
