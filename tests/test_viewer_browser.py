@@ -86,7 +86,8 @@ async def test_open_filter_open_a_pair_and_look_at_its_mask(tab: Tab, report: st
     assert await tab.evaluate("document.querySelector('pre.code .builtin').textContent") == "print"
     assert "answer 6" in await detail(tab)
 
-    await tab.click("nav a[href='#pairs']")
+    await tab.open(report + "#pairs?at=1")  # an address of another report: there is one pair
+    assert "Choose one" in await detail(tab)
     await lists(tab, "toy/0 : 0 over 1")
     await tab.click(".result")
     await tab.until("document.querySelectorAll('.side').length === 2")

@@ -54,7 +54,6 @@ const problemOf = (row) => {
   const [id, question, answer, level, subject] = index.problems[rows.problem[row]];
   return { id, question, answer, level, subject };
 };
-const keyOf = (row) => `${problemOf(row).id}:${rows.sample[row]}`;
 const setOf = (row) => index.sets[rows.set[row]];
 const setName = (set) =>
   index.sets.some((s) => s.run !== set.run) && set.name !== set.run ? `${set.run}: ${set.name}` : set.name;
@@ -83,7 +82,8 @@ function readAddress() {
   state.marks = new Set((values.get("only") ?? "").split(",").filter((name) => name in MARKS));
   state.view = values.get("view") === "mask" ? "mask" : "talk";
   const at = values.get("at");
-  state.at = at !== null && /^\d+$/.test(at) ? Number(at) : null;
+  const count = state.tab === "pairs" ? index.pairs.length : total;
+  state.at = at !== null && /^\d+$/.test(at) && Number(at) < count ? Number(at) : null;
 }
 
 function writeAddress() {
