@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import html
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from eval.lineage import Lineage
 from eval.report import write_report
 from eval.report.records import keeps, pack
 from eval.report.terminal import printable, trajectory_lines
@@ -25,6 +27,7 @@ from mtpo.grader import Grade
 from mtpo.runs import write_jsonl
 from mtpo.trajectory import Execution, Problem, StopReason
 from recipes import show as show_recipe
+from recipes.evaluate import conclude
 from recipes.view import report_server
 from tests.tiny_runs import APPLES, PEARS, TOKENIZER, attempt, write_log, write_pairs, write_run, write_set
 from tests.tiny_tokenizers import make_tokenizer
@@ -87,6 +90,13 @@ def test_the_interval_is_that_of_the_evaluation(tmp_path: Path) -> None:
     )
     # Wilson's interval of 3 of 4, by hand.
     assert "75.0% 30.1 to 95.4" in text_of(write_report(tmp_path / "run"))
+
+
+def test_what_an_evaluation_found_is_there_in_full(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ALL)
+    metrics = conclude(run, [APPLES, PEARS], Lineage({"train": [APPLES]})).table()
+    assert "13-grams" in metrics  # the check for contamination
+    assert " ".join(metrics.split()) in html.unescape(text_of(write_report(run)))
 
 
 def test_a_verdict_that_the_run_recorded_is_not_graded_again(tmp_path: Path) -> None:

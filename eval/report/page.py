@@ -53,6 +53,7 @@ def page(
         "table": "".join(_table(tallies)),
         "paired": "".join(_paired(runs, tallies)),
         "figures": "".join(map(_figure, figures)) or f"<p>{MISSING_PLOTS}</p>",
+        "tables": "".join(_tables(runs)),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
         "config": escape(json.dumps(runs[0].config, indent=2, ensure_ascii=False)),
         "style": style,
@@ -158,6 +159,18 @@ def _paired(runs: Sequence[Run], tallies: Sequence[Tally]) -> Iterator[str]:
                 f"<p><b>{escape(name)}</b>, problem by problem: {test['improved']} improved, "
                 f"{test['worsened']} worsened (exact {kind}: z = {test['z']:.1f}, p = {test['p']:.2g}).</p>"
             )
+
+
+def _tables(runs: Sequence[Run]) -> Iterator[str]:
+    """What each evaluation wrote: every figure with its denominator, contamination, comparisons."""
+    places = [(found, found.folder / "metrics.json") for run in runs for found in run.sets]
+    written = [(found, read_json(path).get("table")) for found, path in places if path.exists()]
+    for found, table in written:
+        if table:
+            name = found.name if found.name == found.run else f"{found.run}, {found.name}"
+            is_open = " open" if len(written) == 1 else ""
+            title = f"<summary>All figures of {escape(name)}</summary>"
+            yield f"<details{is_open}>{title}<pre>{escape(table)}</pre></details>"
 
 
 def _figure(figure: Figure) -> str:
