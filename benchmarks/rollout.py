@@ -7,8 +7,8 @@ generate: sampled tokens a second, against transformers' `generate` called for e
 driver: share of a core that 1,000 trajectories in flight take while engine and interpreter are asleep.
 routing: how evenly sessions that stick to a server load the servers.
 
-Each comparison alternates between the two for `--rounds` rounds and keeps the better of each. Prints what was
-measured; exits with 1 if a bar is missed or a trajectory is not the planned one.
+Comparisons alternate between the two for `--rounds` rounds; the better round of each counts, as it does for the
+driver. Prints what was measured; exits with 1 if a bar is missed or a trajectory is not the planned one.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def compare_with_generate(options: argparse.Namespace) -> Bar:
 
 
 def measure_overhead(options: argparse.Namespace) -> Bar:
-    found = asyncio.run(measure_driver(options.in_flight, options.turn_s))
+    rounds = [asyncio.run(measure_driver(options.in_flight, options.turn_s)) for _ in range(options.rounds)]
+    found = min(rounds, key=lambda figures: figures.share_of_core)
     rate = found.num_turns / found.seconds
     print(
         f"driver: {options.in_flight} in flight, turns of {options.turn_s:g} s: {rate:.0f} turns/s, "
