@@ -120,6 +120,10 @@ def is_name(text: str) -> bool:
     return bool(_NAME.fullmatch(text.replace("^{-1}", "")))
 
 
+def is_equation(text: str) -> bool:
+    return len(split_top(text, EQUALS)) > 1
+
+
 def choice_letters(text: str) -> list[str] | None:
     """The letters of `B`, `(B)` or `A, C`, sorted."""
     letters = plain(text)

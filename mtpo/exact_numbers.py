@@ -137,7 +137,7 @@ def tokenize(text: str, pattern: re.Pattern[str] = TOKEN) -> list[str]:
 class Reader:
     """One pass over the tokens; every method leaves `position` after what it read.
 
-    The values are `Fraction`s here; `mtpo.constants` overrides the methods below for others.
+    The values are `Fraction`s here; `mtpo.constant_equality` overrides the methods below for others.
     """
 
     FACTORS: ClassVar[frozenset[str]] = frozenset({"(", "[", "\\frac", "\\sqrt", "\\binom"})

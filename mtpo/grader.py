@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, fields
 from types import TracebackType
 from typing import Literal, Self
 
-from mtpo.answer_equality import GOLD_TOO_LARGE, Decision, compare
+from mtpo.answer_comparison import Decision
+from mtpo.answer_equality import compare
 from mtpo.answer_text import normalise
 from mtpo.answers import extract_answer
 from mtpo.grader_workers import WorkerPool
 from mtpo.trajectory import Problem
+from mtpo.value_rules import GOLD_TOO_LARGE
 
 Verdict = Literal["correct", "wrong", "ungraded"]
 WORKERS = 2

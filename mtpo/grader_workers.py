@@ -25,7 +25,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mtpo.answer_equality import Decision, compare
+from mtpo.answer_comparison import Decision
+from mtpo.answer_equality import compare
 
 MEMORY_LIMIT_BYTES = 4 << 30
 WALL_FACTOR = 10

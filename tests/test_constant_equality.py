@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtpo.answer_text import normalise
-from mtpo.constants import equal_constants
+from mtpo.constant_equality import equal_constants
 
 small = st.integers(-50, 50)
 
