@@ -26,7 +26,7 @@ from mtpo.training.mismatch import with_mismatched
 from mtpo.training.reference import add_reference_logps
 from mtpo.training.settings import TrainingSettings
 from mtpo.training.trainer import TrajectoryTrainer
-from mtpo.training.value import ValueNetwork, ValueTraining
+from mtpo.training.value import ValueNetwork, ValueTraining, standardized_reward
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ def train(
         check_one_bos(kept, int(tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
     if settings.method == "kto":
         kept = with_mismatched(kept, settings.seed)  # of whole trajectories, whatever the mask counts
+    reward = standardized_reward(kept) if settings.method == "dro_v" else None
     kept = masked_rows(kept, settings.mask)
     args = _arguments(settings, out)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
@@ -109,9 +110,9 @@ def train(
     order = training_order([row_length(row) for row in kept], settings)
     num_steps = math.ceil(len(order) / settings.batch_size)
     value = None
-    if settings.method == "dro_v":
+    if reward is not None:
         network = ValueNetwork(reference_model or model).to(args.device)
-        value = ValueTraining(network, settings, num_steps)
+        value = ValueTraining(network, reward, settings, num_steps)
     callbacks: list[TrainerCallback] = [
         MetricsFile(out / "metrics.jsonl"),
         Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from mtpo.batches import PairCollator, Row, SingleCollator, row_name
-from mtpo.errors import GuardError, InputError
+from mtpo.errors import GuardError
 from mtpo.logprobs import action_logps, install
 from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
@@ -61,7 +60,6 @@ class TrajectoryTrainer(Trainer):
         self.value = value
         if value is not None:
             callbacks = [*callbacks, value]
-            self.reward = standardized_reward(rows)
         self.settings = settings
         self.rows = rows
         self.starts_at_reference = starts_at_reference
@@ -174,7 +172,7 @@ class TrajectoryTrainer(Trainer):
         logps, sums = self._score(model, batch)
         rewards = values = None
         if self.value is not None:
-            rewards = self.reward(batch["labels"])
+            rewards = self.value.reward(batch["labels"])
             values = self.value.network(batch["input_ids"], batch["completion_mask"])
         return Scores(
             logps=logps,
@@ -237,18 +235,6 @@ class TrajectoryTrainer(Trainer):
             index = index[(trajectories % len(index)).unique()]  # a pair has a chosen and a rejected half
         names = [row_name(self.rows[i]) for i in index.tolist()]
         return "; ".join(names[:8]) + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def standardized_reward(rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
-    """From labels, (N,) bool, to 1 and 0 shifted and scaled to mean 0 and variance 1 over `rows`, float64.
-
-    Raises:
-        InputError: all rows have the same label, so nothing tells a reward from another.
-    """
-    share = sum(row["label"] for row in rows) / len(rows)
-    if share in (0, 1):
-        raise InputError(f"dro_v needs desirable and undesirable rows; all {len(rows)} have the same label")
-    return lambda labels: (labels.double() - share) / math.sqrt(share * (1 - share))
 
 
 class _Indexed(torch.utils.data.Dataset[Row]):

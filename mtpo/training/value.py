@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,29 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mtpo.batches import Row
+from mtpo.errors import InputError
 from mtpo.models import unwrapped
 from mtpo.training.optim import adamw, lr_factor
 from mtpo.training.settings import TrainingSettings
 
 FILE = "value.pt"
 """In a checkpoint: weights, optimizer and schedule."""
+
+
+Reward = Callable[[Tensor], Tensor]
+
+
+def standardized_reward(rows: Sequence[Row]) -> Reward:
+    """From labels, (N,) bool, to 1 and 0 shifted and scaled to mean 0 and variance 1 over `rows`, float64.
+
+    Raises:
+        InputError: all rows have the same label, so nothing tells a reward from another.
+    """
+    share = sum(row["label"] for row in rows) / len(rows)
+    if share in (0, 1):
+        raise InputError(f"dro_v needs desirable and undesirable rows; all {len(rows)} have the same label")
+    return lambda labels: (labels.double() - share) / math.sqrt(share * (1 - share))
 
 
 class ValueNetwork(nn.Module):
@@ -58,8 +77,11 @@ class ValueTraining(TrainerCallback):
     network is whole on every process: here, not in the policy's wrapper, its gradients are averaged.
     """
 
-    def __init__(self, network: ValueNetwork, settings: TrainingSettings, num_steps: int) -> None:
+    def __init__(
+        self, network: ValueNetwork, reward: Reward, settings: TrainingSettings, num_steps: int
+    ) -> None:
         self.network = network.train()
+        self.reward = reward
         self.max_grad_norm = settings.max_grad_norm
         learning_rate = settings.value_learning_rate or 5 * settings.learning_rate
         self.parameters = [p for p in network.parameters() if p.requires_grad]
