@@ -250,6 +250,17 @@ def test_a_probability_that_underflowed_comes_back() -> None:
     )
 
 
+def test_the_gap_of_a_policy_that_hardly_plays_the_best_action_is_finite() -> None:
+    always = exploitability([1.0, 0, 0], RPS, TILTED, 0.25)
+    assert exploitability([1.0, 1e-320, 1e-320], RPS, TILTED, 0.25) == pytest.approx(always, rel=1e-12)
+
+
+def test_policies_in_float32_count_as_if_they_summed_to_one() -> None:
+    pi = np.array([0.6, 0.3, 0.1])
+    exact = exploitability(pi, RPS, TILTED, 0.25)
+    assert exploitability(pi * (1 + 5e-7), RPS, TILTED, 0.25) == pytest.approx(exact, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("preference", "mu", "tau", "complaint"),
     [

@@ -178,6 +178,28 @@ def test_mtpo_and_mtpo_tau_go_to_the_nash_policy_whatever_the_tools(step: Callab
         assert tree_exploitability(pi, game, tau) < 1e-4
 
 
+def test_mtpo_tau_tilts_the_mixture_by_the_values_of_the_mixture_against_itself() -> None:
+    game, tau, eta = random_tree(2), 0.4, 1.5
+    pi = random_policy(game, 8)
+    mixture = pi ** (1 - tau * eta) * game.mu ** (tau * eta)
+    mixture /= mixture.sum(axis=1, keepdims=True)
+    outcomes = np.zeros(5)
+    for probability, _, final in trajectories(mixture, game):
+        outcomes[final] += probability
+    values, _ = tree_action_values(mixture, game, game.preference @ outcomes, tau)
+    expected = mixture * np.exp(eta * values)
+    expected /= expected.sum(axis=1, keepdims=True)
+    assert_allclose(mtpo_tau_tree_step(pi, game, tau, eta), expected, rtol=1e-12)
+
+
+def test_where_actions_that_do_not_exist_lead_is_ignored() -> None:
+    game = random_tree(1)
+    transitions = game.transitions.copy()
+    transitions[1, 2] = np.nan  # mu is 0 there
+    same = TreeGame(transitions, game.mu, game.preference)
+    assert_allclose(solve_tree_nash(same, 0.2), solve_tree_nash(game, 0.2), rtol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_nash_policy_is_the_fixed_point_of_mtpo(seed: int) -> None:
     game, tau = random_tree(seed), 0.4
