@@ -347,6 +347,16 @@ def test_the_fit_is_where_the_gradient_of_the_training_loss_vanishes(value_offse
     assert np.allclose(pi, optimum / optimum.sum(), atol=1e-8) == value_offset
 
 
+@pytest.mark.parametrize("seed", [2, 3, 4, 9])
+def test_values_in_the_margin_mend_large_utilities_too(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    chances = rng.dirichlet(np.ones(3), 4)
+    utilities = 10 * (rng.normal(size=(4, 3)) + rng.normal(size=(4, 1)))
+    optimum = np.exp((chances * utilities).sum(axis=1))
+    fitted = fit_dpo(np.full(4, 0.25), chances, utilities, 1.0, value_offset=True)
+    assert_allclose(fitted, optimum / optimum.sum(), atol=1e-6)
+
+
 def test_the_tables_need_no_torch() -> None:
     code = "import sys, mtpo.tabular; print('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[1]
