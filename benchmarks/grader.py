@@ -97,7 +97,7 @@ def read_solutions(folder: Path) -> list[Example]:
     rows = [
         parse_object(line) for split in ("train", "test") for _, line in file_lines(folder / f"{split}.jsonl")
     ]
-    solutions = [row.get("solution", row.get("answer")) for row in rows]
+    solutions: list[str] = [row["solution"] if "solution" in row else row["answer"] for row in rows]
     golds = [
         gold_from_solution(solution, joined=True) if "solution" in row else gold_from_gsm8k(solution)
         for row, solution in zip(rows, solutions, strict=True)
