@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,8 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from mtpo.engines.attention import GROUPED, additive_mask, attention_windows, grouped, grouped_attention
 from mtpo.errors import InputError
-from tests.tiny_models import FAMILIES, tiny_config
+from mtpo.models import load_model
+from tests.tiny_models import FAMILIES, Family, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -22,19 +24,44 @@ def test_grouped_attention_is_that_of_transformers(width: int, softcap: float | 
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def attentions(model: torch.nn.Module) -> list[str]:
+    """The attention implementation of each layer."""
+    return [m.config._attn_implementation for m in model.modules() if type(m).__name__.endswith("Attention")]  # pyright: ignore
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_gets_its_own_attention_back(family) -> None:
-    config = tiny_config(family, attn_implementation="eager")
-    with pytest.raises(KeyError), grouped(config):
-        assert config._attn_implementation == GROUPED
-        raise KeyError
-    assert config._attn_implementation == "eager"
+def test_a_twin_attends_in_groups_and_the_model_as_before(family: Family, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    for model in (tiny_model(family), load_model(tmp_path)):
+        own = attentions(model)
+        twin = grouped(model.base_model, model.config.get_text_config())
+        assert attentions(twin) == [GROUPED] * len(own)
+        assert attentions(model) == own and GROUPED not in own
+        pairs = zip(twin.parameters(), model.base_model.parameters(), strict=True)
+        assert all(mine is theirs for mine, theirs in pairs)
+
+
+def test_an_adapter_switched_off_is_off_for_the_twin_too() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("gemma2")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    twin = grouped(model.base_model, model.config)
+    ids = torch.tensor([[3, 4, 5]])
+    mask = additive_mask(torch.arange(3)[None], 3, None, torch.float32)
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), mask)
+    hidden = {}
+    with torch.no_grad():
+        hidden["on"] = twin(ids, attention_mask=masks).last_hidden_state
+        with adapted.disable_adapter():
+            hidden["off"] = twin(ids, attention_mask=masks).last_hidden_state
+            expected = model.base_model(ids, attention_mask=masks).last_hidden_state
+    assert torch.allclose(hidden["off"], expected, atol=1e-5)
+    assert not torch.allclose(hidden["off"], hidden["on"], atol=1e-2)
 
 
 def test_an_unknown_family_keeps_its_own_attention() -> None:
-    config = SimpleNamespace(model_type="gpt_oss", _attn_implementation="eager")
-    with grouped(config):
-        assert config._attn_implementation == "eager"
+    module = torch.nn.Identity()
+    assert grouped(module, SimpleNamespace(model_type="gpt_oss")) is module
 
 
 def test_masks_show_the_past_as_far_as_the_window_goes() -> None:

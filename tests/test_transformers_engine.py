@@ -127,7 +127,7 @@ async def test_cancelled_call_frees_its_row_and_disturbs_nobody() -> None:
 
 async def test_failure_of_the_model_reaches_every_caller_and_the_next_call_works() -> None:
     engine = TransformersEngine(model_of("llama"))
-    backbone, forward = engine._model.base_model, engine._model.base_model.forward
+    backbone, forward = engine._backbone, engine._backbone.forward
 
     def broken(*_, **__):
         raise RuntimeError("out of memory")

@@ -7,8 +7,7 @@ soft-cap and mask, and for a decoding step on a CPU an eighth of the time.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from typing import Any
 
 import torch
@@ -52,18 +51,29 @@ def grouped_attention(
 AttentionInterface.register(GROUPED, grouped_attention)
 
 
-@contextlib.contextmanager
-def grouped(config: Any) -> Iterator[None]:
-    """Let a model with this text config attend by `grouped_attention` meanwhile, if its family allows."""
+def grouped(module: nn.Module, config: Any) -> nn.Module:
+    """A twin of the module that attends by `grouped_attention`, if the family of its text config allows.
+
+    Both share weights, buffers and whatever holds no config, such as an adapter's layers, so that what is changed
+    there is changed for both; the module itself attends as before, also while the twin is at work in another thread.
+    """
     if config.model_type not in GROUPED_FAMILIES:
-        yield
-        return
-    own = config._attn_implementation
-    config._attn_implementation = GROUPED
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
+        return module
+    own = copy.copy(config)
+    own._attn_implementation = GROUPED
+    return _twin(module, config, own)
+
+
+def _twin(module: nn.Module, config: Any, own: Any) -> nn.Module:
+    children = {name: child and _twin(child, config, own) for name, child in module._modules.items()}
+    has_config = getattr(module, "config", None) is config
+    if not has_config and all(child is module._modules[name] for name, child in children.items()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = children
+    if has_config:
+        twin.config = own
+    return twin
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:

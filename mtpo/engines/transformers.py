@@ -81,7 +81,7 @@ class TransformersEngine:
         prefill_tokens: int = 8192,
     ) -> None:
         self._model: PreTrainedModel = unwrapped(model)
-        self._config = config = self._model.config.get_text_config()
+        config = self._model.config.get_text_config()
         if config._attn_implementation not in EXACT_ATTENTION:
             raise InputError(
                 f"the model was loaded with attn_implementation={config._attn_implementation!r}; "
@@ -94,6 +94,7 @@ class TransformersEngine:
         self._prefill_tokens = prefill_tokens
         self._cache = _RowCache(self._model.device, max_rows)
         self._windows = attention_windows(config)
+        self._backbone = grouped(self._model.base_model, config)
         self._rows: list[_Row] = []
         self._num_active = 0
         self._waiting: deque[_Request] = deque()
@@ -282,14 +283,13 @@ class TransformersEngine:
             for kind, window in self._windows.items()
         }
         only_mask = masks.get("full_attention") if len(masks) == 1 else None
-        with grouped(self._config):
-            output = self._model.base_model(
-                input_ids=input_ids,
-                attention_mask=masks if only_mask is None else only_mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+        output = self._backbone(
+            input_ids=input_ids,
+            attention_mask=masks if only_mask is None else only_mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
         last = torch.tensor([len(row.pending) - 1 for row in rows], device=device)
         return output.last_hidden_state[torch.arange(len(rows), device=device), last]
 
