@@ -19,7 +19,7 @@ from eval.report.terminal import printable, trajectory_lines
 from eval.report.tokens import Piece, fits, load_local_tokenizer, token_pieces
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
-from mtpo.grader import Grade, Grader
+from mtpo.grader import Grade, shared_grader
 from mtpo.trajectory import Trajectory
 
 
@@ -65,12 +65,10 @@ def _found(run: Run, config: Config) -> list[tuple[TrajectorySet, Trajectory, Gr
             f"--set {config.set}: {run.folder} has {', '.join(s.name for s in run.sets) or 'none'}"
         )
     found = []
-    with Grader(workers=1) as grader:
-        for source in sets:
-            wanted = _wanted(source, config.id)
-            first = min((t for t in wanted), key=lambda t: t.sample, default=None)
-            if first is not None:
-                found.append((source, first, source.grade(first, grader)))
+    for source in sets:
+        first = min(_wanted(source, config.id), key=lambda t: t.sample, default=None)
+        if first is not None:
+            found.append((source, first, source.grade(first, shared_grader())))
     if not found:
         raise InputError(f"--id {config.id}: no trajectory of this problem and sample in {run.folder}")
     return found

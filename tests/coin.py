@@ -11,6 +11,8 @@ from mtpo.training import TrainingSettings, train
 from recipes.sft import render_rows
 from recipes.tiny import make_tiny_gemma2, train_tokenizer
 
+SHORT = ("--max_turns", "3", "--max_turn_tokens", "40", "--kernels", "4", "--preload", "math")
+"""Options of recipes that sample from it: its trajectories are short."""
 WHO = ("Max", "Dan", "Tom", "Eva", "Ann", "Leo", "Mia", "Sam")
 
 

@@ -15,17 +15,11 @@ from data.trajectories import read_trajectories
 from eval.predictions import read_predictions
 from mtpo.runs import read_json
 from recipes import compare, evaluate
-from tests.coin import make_coin_model, write_problems_file
+from tests.coin import SHORT, write_problems_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 TRAJECTORIES = SHARED / "trajectories" / "real_trajectories.jsonl.gz"
-SHORT = ("--max_turns", "3", "--max_turn_tokens", "40", "--kernels", "4", "--preload", "math")
-
-
-@pytest.fixture(scope="module")
-def coin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_coin_model(tmp_path_factory.mktemp("coin"))
 
 
 @pytest.fixture(scope="module")

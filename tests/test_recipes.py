@@ -16,16 +16,10 @@ from mtpo.batches import read_rows
 from mtpo.models import load_tokenizer
 from mtpo.runs import read_json
 from recipes import evaluate, generate, iterate, label, sft, train
-from tests.coin import make_coin_model, write_problems_file
+from tests.coin import SHORT, write_problems_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-SHORT = ("--max_turns", "3", "--max_turn_tokens", "40", "--kernels", "4", "--preload", "math")
-
-
-@pytest.fixture(scope="session")
-def coin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_coin_model(tmp_path_factory.mktemp("coin"))
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from eval.report.tally import Tally
 from eval.report.tokens import fits, load_local_tokenizer, token_pieces
 from mtpo.batches import Row, check_row, row_kind, sides
 from mtpo.errors import InputError
-from mtpo.grader import Grade, Grader
+from mtpo.grader import Grade, Grader, shared_grader
 from mtpo.trajectory import Problem
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,7 @@ def write_report(
     records, notes = Records(), [note for r in runs for note in r.notes]
     total = sum(s.num_trajectories for r in runs for s in r.sets)
     share = min(1.0, limit / total) if total else 1.0
-    with Grader() as grader:
-        tallies = [_add_set(records, s, share, grader) for r in runs for s in r.sets]
+    tallies = [_add_set(records, s, share, shared_grader()) for r in runs for s in r.sets]
     reader = _tokenizer(runs, records, tokenizer)
     for each in runs:
         notes += _add_rows(records, each, share, reader, limit)

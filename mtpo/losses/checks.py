@@ -64,3 +64,9 @@ def check_no_nan(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if torch.isnan(tensor).any():
             raise InputError(f"{name} holds nan at index {torch.isnan(tensor).nonzero()[0].tolist()}")
+
+
+def explained_variance(value: Tensor, target: Tensor) -> dict[str, float]:
+    """The share of the target's variance that the value explains, as a metric; none if the target does not vary."""
+    variance, left = (x.detach().double().var(unbiased=False).item() for x in (target, value - target))
+    return {"explained_variance": 1 - left / variance} if variance else {}

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from mtpo.errors import InputError
-from mtpo.losses.checks import LossOut, check_no_nan, check_shapes, checked_mask, on_mask
+from mtpo.losses.checks import (
+    LossOut,
+    check_no_nan,
+    check_shapes,
+    checked_mask,
+    explained_variance,
+    mean,
+    on_mask,
+)
 
 
 def reward_to_go(x: Tensor, mask: Tensor) -> Tensor:
@@ -95,10 +103,5 @@ def value_loss(values: Tensor, returns: Tensor, valid: Tensor) -> LossOut:
     valid = checked_mask(values, valid)
     value, target = values[valid], returns.detach()[valid]
     check_no_nan(values=value, returns=target)
-    error = value - target
-    variance = target.double().var(unbiased=False).item()
-    metrics = {"value": value.detach().double().mean().item()}
-    if variance:
-        left = error.detach().double().var(unbiased=False).item()
-        metrics["explained_variance"] = 1 - left / variance
-    return LossOut(error.square().mean(), None, metrics)
+    metrics = {"value": mean(value)} | explained_variance(value, target)
+    return LossOut((value - target).square().mean(), None, metrics)

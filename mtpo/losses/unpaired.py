@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtpo.errors import InputError
-from mtpo.losses.checks import LossOut, check_no_nan, check_vectors, mean, mean_out
+from mtpo.losses.checks import LossOut, check_no_nan, check_vectors, explained_variance, mean, mean_out
 
 
 def kto_baseline(rho_mismatch: Tensor, group: Any = None) -> Tensor:
@@ -138,10 +138,7 @@ def dro_value_loss(value: Tensor, reward: Tensor, rho: Tensor, tau: float = 1.0)
     """
     check_vectors(value=value, reward=reward, rho=rho)
     target = (reward - _positive(tau) * rho).detach()
-    error = value - target
-    variance = target.double().var(unbiased=False).item()
-    left = error.detach().double().var(unbiased=False).item()
-    return mean_out(error.square() / 2, {"explained_variance": 1 - left / variance} if variance else {})
+    return mean_out((value - target).square() / 2, explained_variance(value, target))
 
 
 def _positive(tau: float) -> float:

@@ -99,7 +99,7 @@ def pmpo(scores: Scores, options: Options) -> LossOut:
     per_token = bool(options["normalize"])
     logps, ref_logps = scores.logps.double(), scores.ref_logps.double()
     out = pmpo_loss(
-        masked_sum(logps, scores.mask, per_token),
+        scores.sums / scores.num_tokens if per_token else scores.sums,
         scores.labels,
         sampled_kl(logps, ref_logps, scores.mask, "k3", "ref", per_token),
         options["alpha"],
