@@ -2,14 +2,15 @@
 
 Only positions whose next token is an action token reach the head, in tiles, forward and backward, so that
 (B, T, V) logits never exist. The head is reached through the wrapped model: the causal LM gets a forward
-with a `completion_mask` keyword, so that the hooks of DDP, FSDP, DeepSpeed and PEFT fire. Calling the backbone
-of the unwrapped model instead would leave DDP silently unsynchronised.
+with a `readout` keyword, a function of its last hidden states, so that the hooks of DDP, FSDP, DeepSpeed and
+PEFT fire. Calling the backbone of the unwrapped model instead would leave DDP silently unsynchronised.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ MAX_TILE = 1 << 26
 
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Config fields of families that scale their logits (Cohere, Granite, Falcon-H1), which this head does not."""
+
+Readout = Callable[[Any, Tensor], Tensor]
+"""What to make of a causal LM, unwrapped, and its last hidden states, (B, T, H)."""
 
 
 def action_logps(
@@ -58,13 +62,28 @@ def action_logps(
         )
     if completion_mask[:, 0].any():
         raise InputError("completion_mask marks token 0, which nothing predicts: is the prompt empty?")
-    install(unwrapped(model))
-    return model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        completion_mask=completion_mask,
+    is_action = completion_mask.bool()
+
+    def logps_of_actions(model: Any, hidden: Tensor) -> Tensor:
+        selected = is_action[:, 1:]
+        logps = _score(model, hidden[:, :-1][selected], input_ids[:, 1:][selected])  # (N,)
+        return logps.new_zeros(input_ids.shape).masked_scatter(is_action, logps)
+
+    return read_out(
+        model, logps_of_actions, input_ids, attention_mask=attention_mask, position_ids=position_ids
     )
+
+
+def read_out(model: nn.Module, readout: Readout, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """What `readout` makes of the last hidden states, inside the forward pass of the model and its wrappers.
+
+    Args:
+        model: a causal LM of transformers, bare or wrapped (PEFT, DDP, FSDP, DeepSpeed).
+        input_ids: (B, T).
+        inputs: what else the model's backbone takes: `attention_mask`, `position_ids`.
+    """
+    install(unwrapped(model))
+    return model(input_ids=input_ids, readout=readout, **inputs)
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
@@ -95,27 +114,19 @@ def final_softcap(model: nn.Module) -> float | None:
 
 
 def install(model: Any) -> None:
-    """Give a causal LM the `completion_mask` keyword; without it, its forward is what it was. Idempotent."""
-    if getattr(model, "_returns_action_logps", False):
+    """Give a causal LM the `readout` keyword; without it, its forward is what it was. Idempotent."""
+    if getattr(model, "_has_readout", False):
         return
     original = type(model).forward  # the class's own: a copy.deepcopy of the model must not call this one
 
     @functools.wraps(original)  # generate() reads the signature
-    def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if completion_mask is None:
+    def forward(self: Any, *args: Any, readout: Readout | None = None, **kwargs: Any) -> Any:
+        if readout is None:
             return original(self, *args, **kwargs)
-        return _forward(self, *args, completion_mask=completion_mask, **kwargs)
+        return readout(self, self.base_model(*args, use_cache=False, **kwargs).last_hidden_state)
 
     model.forward = types.MethodType(forward, model)
-    model._returns_action_logps = True
-
-
-def _forward(model: Any, input_ids: Tensor, *, completion_mask: Tensor, **kwargs: Any) -> Tensor:
-    hidden = model.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state  # (B, T, H)
-    is_action = completion_mask.bool()
-    selected = is_action[:, 1:]
-    logps = _score(model, hidden[:, :-1][selected], input_ids[:, 1:][selected])  # (N,)
-    return logps.new_zeros(input_ids.shape).masked_scatter(is_action, logps)
+    model._has_readout = True
 
 
 def _score(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
