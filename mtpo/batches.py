@@ -17,6 +17,7 @@ leading run of zeros.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 from mtpo.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 RowKind = Literal["single", "label", "pair"]
@@ -111,6 +114,37 @@ def row_name(row: Row) -> str:
     """For messages: the problem, and which of its samples."""
     samples = [row.get(f"{side}sample", "?") for side in sides(row)]
     return f"{row.get('problem_id', '?')} sample {' over '.join(map(str, samples))}"
+
+
+def usable_rows(
+    rows: Sequence[Row], kind: RowKind, *, trainer: str, vocab_size: int, max_length: int
+) -> list[Row]:
+    """The rows that fit into `max_length` tokens, all checked; a warning counts the others.
+
+    Args:
+        trainer: for messages: what is to train on them.
+        vocab_size: how many ids the model knows.
+
+    Raises:
+        InputError: there is no row, one is broken, of another kind or holds an id that the model does not know,
+            or none fits.
+    """
+    if not rows:
+        raise InputError("there are no rows to train on")
+    for number, row in enumerate(rows, start=1):
+        if row_kind(row) != kind:
+            raise InputError(f"{trainer} trains on {kind} rows, but row {number} is a {row_kind(row)} row")
+        check_row(row, f"row {number}")
+        largest = max(max(row[f"{side}input_ids"]) for side in sides(row))
+        if largest >= vocab_size:
+            raise InputError(
+                f"row {number} ({row_name(row)}) holds token id {largest}, but the model knows {vocab_size}: "
+                "was it made with another tokenizer?"
+            )
+    kept, num_dropped = drop_too_long(rows, max_length)
+    if num_dropped:
+        logger.warning("dropped %d of %d rows: longer than %d tokens", num_dropped, len(rows), max_length)
+    return kept
 
 
 def drop_too_long(rows: Sequence[Row], max_length: int) -> tuple[list[Row], int]:

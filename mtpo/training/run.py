@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 import shutil
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from mtpo.batches import Row, check_row, drop_too_long, masked_rows, row_kind, row_length, row_name, sides
+from mtpo.batches import Row, masked_rows, row_length, usable_rows
 from mtpo.errors import InputError
 from mtpo.models import fingerprint, require_exact_attention, unwrapped
 from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
@@ -27,8 +26,6 @@ from mtpo.training.reference import add_reference_logps
 from mtpo.training.settings import TrainingSettings
 from mtpo.training.trainer import TrajectoryTrainer
 from mtpo.training.value import ValueNetwork, ValueTraining, standardized_reward
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -192,27 +189,15 @@ def _is_complete(checkpoint: Path) -> bool:
 def _usable_rows(
     rows: Sequence[Row], settings: TrainingSettings, model: PreTrainedModel
 ) -> tuple[list[Row], int]:
-    if not rows:
-        raise InputError("there are no rows to train on")
-    expected, vocab_size = settings.recipe.rows, unwrapped(model).get_input_embeddings().num_embeddings
-    for number, row in enumerate(rows, start=1):
-        if row_kind(row) != expected:
-            raise InputError(
-                f"method {settings.method!r} trains on {expected} rows, but row {number} is a {row_kind(row)} row"
-            )
-        check_row(row, f"row {number}")
-        largest = max(max(row[f"{side}input_ids"]) for side in sides(row))
-        if largest >= vocab_size:
-            raise InputError(
-                f"row {number} ({row_name(row)}) holds token id {largest}, but the model knows {vocab_size}: "
-                "was it made with another tokenizer?"
-            )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(settings.max_length or context or sys.maxsize, context or sys.maxsize)
-    kept, num_dropped = drop_too_long(rows, max_length)
-    if num_dropped:
-        log.warning("dropped %d of %d rows: longer than %d tokens", num_dropped, len(rows), max_length)
-    return kept, num_dropped
+    kept = usable_rows(
+        rows,
+        settings.recipe.rows,
+        trainer=f"method {settings.method!r}",
+        vocab_size=unwrapped(model).get_input_embeddings().num_embeddings,
+        max_length=min(settings.max_length or context or sys.maxsize, context or sys.maxsize),
+    )
+    return kept, len(rows) - len(kept)
 
 
 def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
