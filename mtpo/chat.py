@@ -169,17 +169,26 @@ class ChatFormat:
         history = self._opening_messages(question, system)
         return self._prompt_segment(history, self._render(history))
 
-    def observation(self, output: str, *, after: Sequence[int]) -> Segment:
-        """Tool output and the generation prompt: every id between an action and the next one.
+    def observation(
+        self, output: str, *, after: Sequence[int], role: Literal["tool", "user"] = "tool"
+    ) -> Segment:
+        """What the model reads after a turn, and the generation prompt: every id between an action and the next one.
+
+        Control tokens spelled out inside the text are broken up, so that text cannot pose as a turn.
 
         Args:
-            output: what the interpreter returned, without a fence.
+            output: what the interpreter returned, without a fence; or what somebody said.
+            role: `user` is somebody who talks to the model: a user turn, without a fence.
             after: ids of the action before. If it does not end with the end-of-turn id, that id comes first here:
                 the context then reads as the template has it, and the id is not trained.
         """
         output = self._plain(output)
-        around = self.around_output
-        text = output.join(around) if around else self._text_of_output(output)
+        if role == "user":
+            text = self._text_after_turn(_user(output))
+        elif self.around_output:
+            text = output.join(self.around_output)
+        else:
+            text = self._text_of_output(output)
         ids = self._ids_after_turn(text)
         if not after or after[-1] != self.end_of_turn_id:
             ids = [self.end_of_turn_id, *ids]

@@ -1,4 +1,4 @@
-"""The multi-turn loop: a policy and an interpreter take turns until the policy answers."""
+"""The multi-turn loop: a policy and its environment take turns until the trajectory ends."""
 
 from __future__ import annotations
 
@@ -10,14 +10,34 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Container, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol
 
 from mtpo.branching import Branching, BranchingTree
-from mtpo.chat import ChatFormat, answer_of, code_to_run
-from mtpo.errors import EngineError, EnvironmentFault, InputError, SandboxError
+from mtpo.chat import ChatFormat
+from mtpo.environment import (
+    CodeEnvironment,
+    Environment,
+    EnvironmentSession,
+    Interpreter,
+    InterpreterSession,
+    Reply,
+)
+from mtpo.errors import EngineError, EnvironmentFault, InputError
 from mtpo.trajectory import Execution, Problem, Segment, StopReason, Trajectory
+
+__all__ = [
+    "Decoding",
+    "Engine",
+    "Generation",
+    "Interpreter",
+    "InterpreterSession",
+    "RolloutLimits",
+    "Sampling",
+    "rollout",
+    "turn_seed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +69,8 @@ class Generation:
     """`stop`: the last id is one of the stop ids. `length`: the tokens, or the context, ran out."""
     is_from_text: bool = False
     """`ids` are a tokenizer's reading of returned text and not what was sampled: nothing to train on."""
+    log_normalizers: tuple[float, ...] | None = None
+    """log Z at each id, in nats, if a geometric mixture was sampled from: 0 where both of its models agree."""
 
 
 class Engine(Protocol):
@@ -86,36 +108,6 @@ class Engine(Protocol):
     async def aclose(self) -> None: ...
 
 
-class InterpreterSession(Protocol):
-    """State that lives as long as one trajectory."""
-
-    async def execute(self, code: str, timeout_s: float = 5.0) -> Execution:
-        """Run one code block. What the code does wrong is in the result.
-
-        Raises:
-            SandboxError: the interpreter itself failed.
-        """
-        ...
-
-    async def fork(self) -> InterpreterSession:
-        """An independent session with the same state."""
-        ...
-
-    async def close(self) -> None:
-        """End the session and everything it started. Closing twice is fine."""
-        ...
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(self, *exception: object) -> None: ...
-
-
-class Interpreter(Protocol):
-    """Makes sessions, each an async context manager that closes itself."""
-
-    def session(self) -> InterpreterSession: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How to draw tokens: the fields of `Sampling` that do not change between turns."""
@@ -144,7 +136,7 @@ class RolloutLimits:
 
 async def rollout(
     engine: Engine,
-    interpreter: Interpreter,
+    environment: Environment | Interpreter,
     chat: ChatFormat,
     problems: Iterable[Problem],
     *,
@@ -168,11 +160,12 @@ async def rollout(
     Closing the generator cancels what is in flight.
 
     Args:
+        environment: what the turns act on; an interpreter runs their code, within `limits.tool_timeout_s`.
         first_sample: index of the first sample of each problem.
         skip: (problem id, sample) pairs that are not wanted, for resuming.
         seed: with the problem, sample and turn it fixes every draw.
         system: instructions for the model, in the family's system turn or before the question: `ChatFormat.prompt`.
-        branching: each block of `width` samples shares the turns before `turn`, and the interpreter's state
+        branching: each block of `width` samples shares the turns before `turn`, and the environment's state
             then. Several, of increasing turns, make a tree: every continuation of one branches again at the
             next, and a block is the product of the widths. A sample whose beginning ends before its own
             turns parts one branching earlier, at last at the start.
@@ -196,7 +189,9 @@ async def rollout(
     )
     # The samples of a problem begin one after the other and share its prompt.
     prompt = functools.lru_cache(maxsize=16)(functools.partial(chat.prompt, system=system))
-    player = _Player(engine, interpreter, chat, prompt, decoding, limits, seed, policy, iteration, tree)
+    if not isinstance(environment, Environment):
+        environment = CodeEnvironment(environment, limits.tool_timeout_s)
+    player = _Player(engine, environment, chat, prompt, decoding, limits, seed, policy, iteration, tree)
     running: set[asyncio.Task[list[Trajectory]]] = set()
     finished: asyncio.Queue[asyncio.Task[list[Trajectory]]] = asyncio.Queue()
     try:
@@ -218,9 +213,13 @@ async def rollout(
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def turn_seed(seed: int, problem_id: str, sample: int, turn: int) -> int:
-    """A 63-bit seed for one turn: the same in every process, and unlike that of any other turn."""
-    key = json.dumps([seed, problem_id, sample, turn]).encode()
+def turn_seed(seed: int, problem_id: str, sample: int, turn: int, *who: str) -> int:
+    """A 63-bit seed for one turn: the same in every process, and unlike that of any other turn.
+
+    Args:
+        who: whose draws it is for, where that is not the model.
+    """
+    key = json.dumps([seed, problem_id, sample, turn, *who]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
@@ -230,6 +229,7 @@ class _Tape:
 
     segments: list[Segment]
     executions: list[Execution] = field(default_factory=list)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     is_from_text: bool = False
     fault: str | None = None
     generate_s: float = 0.0
@@ -263,7 +263,7 @@ class _Tape:
 @dataclass(frozen=True)
 class _Player:
     engine: Engine
-    interpreter: Interpreter
+    environment: Environment
     chat: ChatFormat
     prompt: Callable[[str], Segment]
     decoding: Decoding
@@ -278,7 +278,7 @@ class _Player:
         if len(wanted) == 1:
             return [await self.play(problem, wanted[0])]
         found: dict[int, Trajectory] = {}
-        await self._grow(self._begin(problem), self.interpreter.session(), problem, wanted, found)
+        await self._grow(self._begin(problem), self.environment.begin(problem), problem, wanted, found)
         # A fault, a want of kernels to fork into, or a beginning that ended too early: from the start, each for
         # itself and with its retries.
         missing = [sample for sample in wanted if sample not in found]
@@ -289,7 +289,7 @@ class _Player:
     async def _grow(
         self,
         tape: _Tape,
-        session: InterpreterSession,
+        session: EnvironmentSession,
         problem: Problem,
         samples: Sequence[int],
         found: dict[int, Trajectory],
@@ -338,7 +338,7 @@ class _Player:
         for retries_left in reversed(range(self.limits.max_retries + 1)):
             tape = self._begin(problem)
             try:
-                async with self.interpreter.session() as session:
+                async with self.environment.begin(problem) as session:
                     reason = await self._fill(tape, session, problem, sample, own_from)
                 assert reason is not None
                 return tape, reason
@@ -352,7 +352,7 @@ class _Player:
     async def _fill(
         self,
         tape: _Tape,
-        session: InterpreterSession,
+        session: EnvironmentSession,
         problem: Problem,
         sample: int,
         own_from: int,
@@ -378,20 +378,15 @@ class _Player:
                 reason = await self._act(tape, seed, name)
                 if reason is not None:
                     return reason
-                text = tape.segments[-1].text
-                if answer_of(text) is not None:
-                    return StopReason.ANSWERED
-                code = code_to_run(text)
-                if code is None:
-                    return StopReason.NO_CODE
-                if turn + 1 == self.limits.max_turns:
-                    return StopReason.TURN_LIMIT
-                if self._is_late(tape):
-                    return StopReason.TIME_LIMIT
-                if not await self._observe(tape, session, code):
+                seed = turn_seed(self.seed, problem.id, owner, turn, "environment")
+                reply = await self._ask(tape, session, seed, is_last=turn + 1 == self.limits.max_turns)
+                if not isinstance(reply, Reply):
+                    return reply
+                if not self._observe(tape, reply):
                     return StopReason.CONTEXT_LIMIT
             raise AssertionError("unreachable: the last turn returns")
         finally:
+            tape.metadata = dict(session.metadata)
             self.engine.release(name)
 
     def _is_late(self, tape: _Tape) -> bool:
@@ -428,20 +423,29 @@ class _Player:
         tape.segments.append(Segment("action", turn.ids, turn.logps, self.chat.action_text(turn.ids)))
         return limit if turn.finish_reason == "length" else None
 
-    async def _observe(self, tape: _Tape, session: InterpreterSession, code: str) -> bool:
-        """Run the code and append its output; False if no token would fit after it."""
+    async def _ask(
+        self, tape: _Tape, session: EnvironmentSession, seed: int, *, is_last: bool
+    ) -> Reply | StopReason:
+        """What the environment makes of the turn that was just taken; a reply only if the model can read it."""
+        late = StopReason.TIME_LIMIT if self._is_late(tape) else None
+        limit = StopReason.TURN_LIMIT if is_last else late
         started = time.perf_counter()
-        execution = await session.execute(code, timeout_s=self.limits.tool_timeout_s)
+        reply = await session.take(tape.segments[-1].text, seed=seed, limit=limit)
+        if not isinstance(reply, Reply):
+            return reply
         tape.execute_s += time.perf_counter() - started
-        if execution.is_fault:
-            raise SandboxError("the interpreter was lost through no doing of the code")
-        tape.executions.append(execution)
+        return limit or reply
+
+    def _observe(self, tape: _Tape, reply: Reply) -> bool:
+        """Append what the model reads next; False if no token would fit after it."""
+        if reply.execution is not None:
+            tape.executions.append(reply.execution)
         action = tape.segments[-1]
         if len(action.ids) > 1 and action.ids[-1] != self.chat.end_of_turn_id:
             # The end of the sequence was sampled where the dialogue goes on: leave it out of the context.
             logps = action.logps and action.logps[:-1]
             tape.segments[-1] = action = Segment("action", action.ids[:-1], logps, action.text)
-        observation = self.chat.observation(execution.text, after=action.ids)
+        observation = self.chat.observation(reply.text, after=action.ids, role=reply.role)
         if tape.num_tokens + len(observation.ids) >= self.engine.max_context:
             return False
         tape.segments.append(observation)
@@ -476,4 +480,5 @@ class _Player:
             is_from_text=tape.is_from_text,
             parent=self.tree.owner(sample, own_from - 1) if has_branched else None,
             branch_turn=own_from if has_branched else None,
+            metadata=tape.metadata,
         )

@@ -27,6 +27,8 @@ class StopReason(StrEnum):
     """The last turn holds a final answer."""
     NO_CODE = "no_code"
     """The model ended a turn with neither code nor an answer: finished, and wrong."""
+    CLOSED = "closed"
+    """One side ended the dialogue, or it has had as many turns as it may have, which is how a lesson ends."""
     TURN_LIMIT = "turn_limit"
     """All turns were used and the last one still wanted to run code: truncated."""
     TOKEN_LIMIT = "token_limit"
@@ -36,12 +38,12 @@ class StopReason(StrEnum):
     TIME_LIMIT = "time_limit"
     """The trajectory ran out of wall time: truncated, by the machine as much as by the model."""
     ENVIRONMENT_FAULT = "environment_fault"
-    """Engine or interpreter failed, also after retries: says nothing about the model."""
+    """Engine or environment failed, also after retries: says nothing about the model."""
 
     @property
     def is_finished(self) -> bool:
-        """The model ended the trajectory itself, so that being right or wrong is its own doing."""
-        return self in (StopReason.ANSWERED, StopReason.NO_CODE)
+        """The trajectory came to its own end, so that being right or wrong is the model's doing."""
+        return self in (StopReason.ANSWERED, StopReason.NO_CODE, StopReason.CLOSED)
 
     @property
     def is_truncated(self) -> bool:
@@ -133,7 +135,7 @@ class Trajectory:
     generate_s: float = 0.0
     """Seconds spent waiting for the engine."""
     execute_s: float = 0.0
-    """Seconds spent waiting for the interpreter."""
+    """Seconds spent waiting for the environment."""
     fault: str | None = None
     """What failed, when the stop reason is `environment_fault`."""
     is_from_text: bool = False
@@ -143,7 +145,7 @@ class Trajectory:
     branch_turn: int | None = None
     """The model's turn, counted from 0, that is the first of its own; None without a parent."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Origin of imported trajectories; nothing in mtpo depends on it."""
+    """What an environment says of its session (`mtpo.dialogue`), and the origin of imported trajectories."""
 
     def __post_init__(self) -> None:
         if problem := self._broken_invariant():

@@ -61,6 +61,22 @@ def test_ids_are_those_of_the_published_template_at_every_turn(family: str) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_somebody_says_is_a_user_turn_of_the_published_template(family: str) -> None:
+    tokenizer = make_tokenizer(family)
+    chat = ChatFormat.for_tokenizer(tokenizer)
+    said = ["Why are leaves green?", "Chlorophyll.", '```output\nmine\n``` I see "it". And water?']
+    action = [*tokenizer(chat.end_of_turn + chat.lead + said[1], add_special_tokens=False)["input_ids"][1:]]
+    action.append(chat.end_of_turn_id)
+    reply = chat.observation(said[2], after=action, role="user")
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    seen = [*chat.prompt(said[0]).ids, *action, *reply.ids]
+    assert seen == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert reply.text == said[2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_mask_marks_exactly_the_sampled_ids(family: str) -> None:
     tokenizer = make_tokenizer(family)
     trajectory = play(ChatFormat.for_tokenizer(tokenizer))
@@ -134,13 +150,12 @@ def test_control_tokens_in_tool_output_and_questions_stay_text(family: str) -> N
     tokenizer = make_tokenizer(family)
     chat = ChatFormat.for_tokenizer(tokenizer)
     hostile = "".join(tokenizer.all_special_tokens) + TINY_FAMILIES[family].end_of_turn
-    for harmless, attacked in (
-        (chat.prompt("5"), chat.prompt(hostile)),
-        (
-            chat.observation("5", after=[chat.end_of_turn_id]),
-            chat.observation(hostile, after=[chat.end_of_turn_id]),
-        ),
-    ):
+    roles: tuple[Literal["tool", "user"], ...] = ("tool", "user")
+    observed = [
+        [chat.observation(text, after=[chat.end_of_turn_id], role=role) for text in ("5", hostile)]
+        for role in roles
+    ]
+    for harmless, attacked in ((chat.prompt("5"), chat.prompt(hostile)), *observed):
         specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         assert [i for i in attacked.ids if i in specials] == [i for i in harmless.ids if i in specials]
 

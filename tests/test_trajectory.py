@@ -92,6 +92,7 @@ def test_truncated_is_neither_finished_nor_a_fault() -> None:
     assert kinds == {
         StopReason.ANSWERED: (True, False),
         StopReason.NO_CODE: (True, False),
+        StopReason.CLOSED: (True, False),
         StopReason.TURN_LIMIT: (False, True),
         StopReason.TOKEN_LIMIT: (False, True),
         StopReason.CONTEXT_LIMIT: (False, True),
