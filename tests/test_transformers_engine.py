@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 
+from mtpo.engines.cached_model import Feed, NextLogits
 from mtpo.engines.transformers import TransformersEngine
 from mtpo.errors import EngineError, InputError
 from mtpo.logprobs import action_logps
@@ -127,16 +128,16 @@ async def test_cancelled_call_frees_its_row_and_disturbs_nobody() -> None:
 
 async def test_failure_of_the_model_reaches_every_caller_and_the_next_call_works() -> None:
     engine = TransformersEngine(model_of("llama"))
-    backbone, forward = engine._backbone, engine._backbone.forward
+    working = engine._policy.feed
 
-    def broken(*_, **__):
+    def broken(feed: Feed) -> NextLogits:
         raise RuntimeError("out of memory")
 
-    backbone.forward = broken
+    engine._policy.feed = broken
     calls = [engine.generate(p, Sampling(3, NO_STOP), session=str(i)) for i, p in enumerate(PROMPTS)]
     for error in await asyncio.gather(*calls, return_exceptions=True):
         assert isinstance(error, EngineError) and "out of memory" in str(error)
-    backbone.forward = forward
+    engine._policy.feed = working
     assert len((await engine.generate(PROMPTS[0], Sampling(3, NO_STOP))).ids) == 3
     await engine.aclose()
 
@@ -160,14 +161,14 @@ def count_fed_tokens(engine: TransformersEngine):
     """A function that tells how many tokens went through the model since it was last asked."""
     fed = itertools.count()
     last = 0
-    forward = engine._forward
+    working = engine._policy.feed
 
-    def counting(rows, start):
-        for _ in range(sum(len(row.pending) for row in rows)):
+    def counting(feed: Feed) -> NextLogits:
+        for _ in range(sum(len(ids) for ids in feed.pending)):
             next(fed)
-        return forward(rows, start)
+        return working(feed)
 
-    engine._forward = counting  # pyright: ignore[reportAttributeAccessIssue]
+    engine._policy.feed = counting
 
     def since() -> int:
         nonlocal last

@@ -4,8 +4,7 @@ Trajectories at different turns share every decoding step. A session keeps its k
 turns, so tool output is only fed, never prefilled again together with what came before it; the samples of
 one problem share the prefill of its prompt; a row that has finished leaves the batch at once.
 
-Layout: one buffer a layer, (rows, kv heads, positions, head dim), in which the entry of a token stands at the
-token's own position. Rows that are decoding come first, rows whose session waits for its tool after them.
+Rows that are decoding come first in the cache, rows whose session waits for its tool after them.
 """
 
 from __future__ import annotations
@@ -16,21 +15,16 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from torch import nn
 
-from mtpo.engines.attention import additive_mask, attention_windows, grouped
+from mtpo.engines.cached_model import CachedModel, Feed, Policy, Weights
+from mtpo.engines.mixture import CachedMixture, LogNormalizers, Mixture
 from mtpo.engines.sampling import sample_tokens
 from mtpo.errors import EngineError, InputError
-from mtpo.logprobs import head_logits
-from mtpo.models import fingerprint, unwrapped
 from mtpo.rollout import Generation, Sampling
-
-EXACT_ATTENTION = ("eager", "sdpa")
-"""Attention implementations that take the additive masks used here."""
 
 
 @dataclass(eq=False)
@@ -41,10 +35,12 @@ class _Request:
     future: asyncio.Future[Generation]
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    log_normalizers: list[float] = field(default_factory=list)
     uniform: random.Random = field(default_factory=random.Random)
 
     def result(self, finish_reason: Literal["stop", "length"]) -> Generation:
-        return Generation(tuple(self.ids), tuple(self.logps), finish_reason)
+        log_normalizers = tuple(self.log_normalizers) or None
+        return Generation(tuple(self.ids), tuple(self.logps), finish_reason, log_normalizers=log_normalizers)
 
 
 @dataclass(eq=False)
@@ -60,47 +56,50 @@ class _Row:
 
 
 class TransformersEngine:
-    """An `Engine` over a model in this process.
+    """An `Engine` over a model in this process, or over the geometric mixture of two.
+
+    A trainer may hold the same model and change its weights in place, if it says so: `weights_changed`.
 
     Args:
-        model: a causal language model, also one wrapped by peft, loaded with eager or sdpa attention.
+        model: a causal language model, also one wrapped by peft, loaded with eager or sdpa attention; or its
+            `Weights`, whose fingerprint several engines may share; or a `Mixture`.
         max_rows: sessions whose keys and values are kept at once; more wait, or are prefilled again.
         max_context: the longest prompt plus completion; by default the model's own limit.
         prefill_tokens: bound on the padded tokens of one prefill step.
 
     Raises:
-        InputError: the model's attention implementation cannot take the masks used here.
+        InputError: the attention implementation of a model cannot take the masks used here.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: nn.Module | Weights | Mixture,
         *,
         max_rows: int = 64,
         max_context: int | None = None,
         prefill_tokens: int = 8192,
     ) -> None:
-        self._model: PreTrainedModel = unwrapped(model)
-        config = self._model.config.get_text_config()
-        if config._attn_implementation not in EXACT_ATTENTION:
-            raise InputError(
-                f"the model was loaded with attn_implementation={config._attn_implementation!r}; "
-                f"this engine needs one of {', '.join(EXACT_ATTENTION)}"
-            )
-        self._model.eval()
-        self.max_context = min(max_context or config.max_position_embeddings, config.max_position_embeddings)
-        self.fingerprint = fingerprint(self._model)
+        self._policy: Policy
+        if isinstance(model, Mixture):
+            self._policy = CachedMixture(model, max_rows)
+        else:
+            self._policy = CachedModel(model if isinstance(model, Weights) else Weights(model), max_rows)
+        own_limit = self._policy.max_context
+        self.max_context = min(max_context or own_limit, own_limit)
+        self.log_normalizers = LogNormalizers()
+        """Over all tokens sampled from a mixture, until it is cleared."""
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
-        self._cache = _RowCache(self._model.device, max_rows)
-        self._windows = attention_windows(config)
-        self._backbone = grouped(self._model.base_model, config)
         self._rows: list[_Row] = []
         self._num_active = 0
         self._waiting: deque[_Request] = deque()
         self._clock = 0
         self._driver: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+
+    @property
+    def fingerprint(self) -> str:
+        return self._policy.fingerprint
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, session: str = ""
@@ -122,6 +121,28 @@ class TransformersEngine:
             if row.session == session:
                 row.session = ""
 
+    def weights_changed(self) -> None:
+        """The model's weights have changed in place: compute their fingerprint, and forget keys and values.
+
+        Raises:
+            EngineError: a request is in flight, which would be answered by two policies.
+        """
+        self.forget()
+        self._policy.refresh()
+
+    def forget(self) -> None:
+        """Forget all keys and values, where `Weights.refresh` has seen to the fingerprint.
+
+        Raises:
+            EngineError: a request is in flight, which would be answered by two policies.
+        """
+        self._thread.submit(int).result()  # a step that goes on after its last request was cancelled
+        requests = [*self._waiting, *(r.request for r in self._rows if r.request is not None)]
+        if num_running := sum(not request.future.done() for request in requests):
+            raise EngineError(f"weights cannot change while {num_running} requests are in flight")
+        self._waiting.clear()
+        self._rows, self._num_active = [], 0
+
     async def aclose(self) -> None:
         if self._driver is not None:
             self._driver.cancel()
@@ -134,6 +155,7 @@ class TransformersEngine:
     async def _drive(self) -> None:
         """Step until nobody waits. The forward passes run in a thread, so that tools go on meanwhile."""
         loop = asyncio.get_running_loop()
+        self._policy.begin()
         try:
             while True:
                 self._drop_cancelled()
@@ -182,7 +204,7 @@ class TransformersEngine:
                 later.append(request)
                 break
             if donor is not None and donor is not row:
-                self._cache.copy(self._rows.index(donor), self._rows.index(row), len(request.prompt) - 1)
+                self._policy.copy(self._rows.index(donor), self._rows.index(row), len(request.prompt) - 1)
                 row.ids = donor.ids[: len(request.prompt) - 1]
             shared = min(_common_prefix(row.ids, request.prompt), len(request.prompt) - 1)
             row.ids, row.pending = row.ids[:shared], request.prompt[shared:]
@@ -237,7 +259,7 @@ class TransformersEngine:
 
     def _swap(self, a: int, b: int) -> None:
         if a != b:
-            self._cache.swap(a, b, max(len(self._rows[a].ids), len(self._rows[b].ids)))
+            self._policy.swap(a, b, max(len(self._rows[a].ids), len(self._rows[b].ids)))
             self._rows[a], self._rows[b] = self._rows[b], self._rows[a]
 
     # -- one step ------------------------------------------------------------------------------------------
@@ -246,12 +268,20 @@ class TransformersEngine:
     def _step(self, start: int, stop: int) -> None:
         """Feed the pending ids of rows start..stop and draw one token for each."""
         rows = self._rows[start:stop]
-        hidden = self._forward(rows, start)
-        logits = head_logits(self._model, hidden)  # (rows, V)
+        if not rows:  # forgotten since
+            return
+        feed = Feed(start, [len(row.ids) for row in rows], [row.pending for row in rows])
+        logits, log_normalizers = self._policy.feed(feed)  # (rows, V), (rows,)
         requests = [row.request for row in rows]
         samplings = [r.sampling for r in requests if r is not None]
         uniforms = [r.uniform.random() for r in requests if r is not None]
         tokens, logps = sample_tokens(logits, samplings, uniforms)
+        if log_normalizers is not None:
+            found = log_normalizers.tolist()
+            self.log_normalizers.add(found)
+            for request, log_normalizer in zip(requests, found, strict=True):
+                assert request is not None
+                request.log_normalizers.append(log_normalizer)
         for row, request, token, logp in zip(rows, requests, tokens, logps, strict=True):
             assert request is not None
             row.ids += row.pending
@@ -266,93 +296,6 @@ class TransformersEngine:
     def _finish(self, row: _Row, request: _Request, reason: Literal["stop", "length"]) -> None:
         row.request, row.pending = None, []
         request.future.get_loop().call_soon_threadsafe(_resolve, request.future, request.result(reason))
-
-    def _forward(self, rows: list[_Row], start: int) -> Tensor:
-        """Hidden states after each row's last pending id, (rows, hidden)."""
-        device = self._model.device
-        width = max(len(row.pending) for row in rows)
-        input_ids = torch.tensor(
-            [row.pending + [0] * (width - len(row.pending)) for row in rows], device=device
-        )
-        offsets = torch.tensor([len(row.ids) for row in rows], device=device)
-        positions = offsets[:, None] + torch.arange(width, device=device)  # (rows, width)
-        length = int(max(len(row.ids) + len(row.pending) for row in rows))
-        self._cache.aim(start, positions, length)
-        masks = {
-            kind: additive_mask(positions, length, window, self._model.dtype)
-            for kind, window in self._windows.items()
-        }
-        only_mask = masks.get("full_attention") if len(masks) == 1 else None
-        output = self._backbone(
-            input_ids=input_ids,
-            attention_mask=masks if only_mask is None else only_mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        last = torch.tensor([len(row.pending) - 1 for row in rows], device=device)
-        return output.last_hidden_state[torch.arange(len(rows), device=device), last]
-
-
-class _RowCache(Cache):
-    """Keys and values by (layer, row, position). `aim` says which rows the next forward pass writes."""
-
-    def __init__(self, device: torch.device, max_rows: int) -> None:
-        super().__init__(layers=[])
-        self._device = device
-        self._max_rows = max_rows
-        self._buffers: list[list[Tensor]] = []
-        self._start = 0
-        self._length = 0
-        self._positions = torch.zeros(0)
-
-    def aim(self, start: int, positions: Tensor, length: int) -> None:
-        self._start, self._positions, self._length = start, positions, length
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Write (rows, heads, width, dim) at the rows' positions; return all they hold up to the length."""
-        if layer_idx == len(self._buffers):
-            self._buffers.append([self._empty(states, 0, 0) for states in (key_states, value_states)])
-        stop = self._start + len(key_states)
-        rows = torch.arange(self._start, stop, device=self._device)[:, None]
-        found = []
-        for index, states in enumerate((key_states, value_states)):
-            buffer = self._with_room(layer_idx, index, stop, self._length + states.shape[2])
-            buffer[rows, :, self._positions] = states.transpose(1, 2)
-            found.append(buffer[self._start : stop, :, : self._length])
-        return tuple(found)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._length
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        for buffer in self._all_with(max(source, target)):
-            buffer[target, :, :length] = buffer[source, :, :length]
-
-    def swap(self, a: int, b: int, length: int) -> None:
-        if length:
-            for buffer in self._all_with(max(a, b)):
-                buffer[[a, b], :, :length] = buffer[[b, a], :, :length]
-
-    def _all_with(self, row: int) -> list[Tensor]:
-        for layer, buffers in enumerate(self._buffers):
-            for index, buffer in enumerate(buffers):
-                self._with_room(layer, index, row + 1, buffer.shape[2])
-        return [buffer for buffers in self._buffers for buffer in buffers]
-
-    def _with_room(self, layer: int, index: int, rows: int, length: int) -> Tensor:
-        """The buffer, grown by doubling where it is too small, so that memory follows what is used."""
-        buffer = self._buffers[layer][index]
-        if rows > buffer.shape[0] or length > buffer.shape[2]:
-            more_rows = min(self._max_rows, max(rows, 2 * buffer.shape[0])) if rows > buffer.shape[0] else 0
-            more_length = max(length, 2 * buffer.shape[2], 64) if length > buffer.shape[2] else 0
-            grown = self._empty(buffer, more_rows or buffer.shape[0], more_length or buffer.shape[2])
-            grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
-            self._buffers[layer][index] = buffer = grown
-        return buffer
-
-    def _empty(self, like: Tensor, rows: int, length: int) -> Tensor:
-        return torch.zeros(rows, like.shape[1], length, like.shape[3], dtype=like.dtype, device=self._device)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
