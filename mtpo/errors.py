@@ -5,7 +5,8 @@ MtpoError                    its message is one line that a user can act on; a r
 │   └── TemplateError        a chat template cannot be rendered turn by turn
 ├── EnvironmentFault         something around the model failed: never a label, retried, then recorded
 │   ├── SandboxError         the interpreter itself failed
-│   └── EngineError          the engine failed to generate
+│   ├── EngineError          the engine failed to generate
+│   └── JudgeUnavailable     the judge cannot be asked at present
 └── GuardError               a run-time guard found that training would be silently wrong
 
 Code that raises inside a healthy interpreter is no error of ours: it is an `Execution` whose text the
@@ -35,6 +36,10 @@ class SandboxError(EnvironmentFault):
 
 class EngineError(EnvironmentFault):
     """The engine failed to generate."""
+
+
+class JudgeUnavailable(EnvironmentFault):
+    """The judge gives no usable answer at present: pause, and resume when it does."""
 
 
 class GuardError(MtpoError):
