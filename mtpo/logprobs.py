@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ MAX_TILE = 1 << 26
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Config fields of families that scale their logits (Cohere, Granite, Falcon-H1), which this head does not."""
 
-Readout = Callable[[Any, Tensor], Tensor]
-"""What to make of a causal LM, unwrapped, and its last hidden states, (B, T, H)."""
+Readout = Callable[[Any, Tensor], Any]
+"""What to make of a causal LM, unwrapped, and its last hidden states, (B, T, H): a tensor, or a tuple of them."""
 
 
 def action_logps(
@@ -55,26 +56,51 @@ def action_logps(
         InputError: the shapes differ, the mask marks token 0, which nothing predicts, or the model is of a
             family whose head this module does not know.
     """
-    if input_ids.ndim != 2 or input_ids.shape != completion_mask.shape:
-        raise InputError(
-            f"input_ids {tuple(input_ids.shape)} and completion_mask {tuple(completion_mask.shape)} "
-            "must both be (B, T)"
-        )
-    if completion_mask[:, 0].any():
-        raise InputError("completion_mask marks token 0, which nothing predicts: is the prompt empty?")
-    is_action = completion_mask.bool()
+    actions = Actions(input_ids, completion_mask)
 
     def logps_of_actions(model: Any, hidden: Tensor) -> Tensor:
-        selected = is_action[:, 1:]
-        logps = _score(model, hidden[:, :-1][selected], input_ids[:, 1:][selected])  # (N,)
-        return logps.new_zeros(input_ids.shape).masked_scatter(is_action, logps)
+        return actions.placed(logps_after(model, actions.states(hidden), actions.targets))
 
     return read_out(
         model, logps_of_actions, input_ids, attention_mask=attention_mask, position_ids=position_ids
     )
 
 
-def read_out(model: nn.Module, readout: Readout, input_ids: Tensor, **inputs: Any) -> Tensor:
+@dataclass(frozen=True)
+class Actions:
+    """The N action tokens of a batch, and the hidden states that predict them.
+
+    Raises:
+        InputError: the shapes differ, or the mask marks token 0, which nothing predicts.
+    """
+
+    input_ids: Tensor
+    completion_mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.input_ids.ndim != 2 or self.input_ids.shape != self.completion_mask.shape:
+            raise InputError(
+                f"input_ids {tuple(self.input_ids.shape)} and completion_mask "
+                f"{tuple(self.completion_mask.shape)} must both be (B, T)"
+            )
+        if self.completion_mask[:, 0].any():
+            raise InputError("completion_mask marks token 0, which nothing predicts: is the prompt empty?")
+
+    @property
+    def targets(self) -> Tensor:
+        """(N,), the tokens."""
+        return self.input_ids[self.completion_mask.bool()]
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """(N, H) of (B, T, H): each from the position before its token."""
+        return hidden[:, :-1][self.completion_mask[:, 1:].bool()]
+
+    def placed(self, values: Tensor) -> Tensor:
+        """(B, T) with the values, (N,), where the tokens stand, and 0 elsewhere."""
+        return values.new_zeros(self.input_ids.shape).masked_scatter(self.completion_mask.bool(), values)
+
+
+def read_out(model: nn.Module, readout: Readout, input_ids: Tensor, **inputs: Any) -> Any:
     """What `readout` makes of the last hidden states, inside the forward pass of the model and its wrappers.
 
     Args:
@@ -129,27 +155,74 @@ def install(model: Any) -> None:
     model._has_readout = True
 
 
-def _score(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target, (N,), after its hidden state, (N, H)."""
-    head, softcap = model.get_output_embeddings(), final_softcap(model)
-    rows = max(1, MAX_TILE // model.config.get_text_config().vocab_size)
-    if _is_plain(head):
-        return _TiledLogps.apply(hidden, _gathered(head.weight), _gathered(head.bias), targets, softcap, rows)
+def logps_after(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log p of each target, (N,), after its hidden state, (N, H); `model` is unwrapped."""
+    normalizers = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
 
-    def tile(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = head_logits(model, hidden)
-        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    def value(logits: Tensor, tile: slice) -> Tensor:
+        normalizer = logits.logsumexp(-1)
+        normalizers[tile] = normalizer.detach()
+        return logits.gather(-1, targets[tile, None]).squeeze(-1) - normalizer
+
+    def gradient(logits: Tensor, tile: slice, upstream: Tensor) -> Tensor:
+        # d logp / d logits = one_hot(target) - softmax
+        delta = (logits - normalizers[tile, None]).exp_().mul_(-upstream[:, None])
+        return delta.scatter_add_(-1, targets[tile, None], upstream[:, None])
+
+    return over_tiles(model, hidden, value, gradient)
+
+
+def over_tiles(
+    model: Any,
+    hidden: Tensor,
+    value: Callable[[Tensor, slice], Tensor],
+    gradient: Callable[[Tensor, slice, Tensor], Tensor] | None = None,
+    *,
+    max_tile: int | None = None,
+) -> Tensor:
+    """One number for each hidden state, from the model's logits there, a tile of them at a time.
+
+    The backward pass computes each tile of logits again. Sums over rows and over the vocabulary run in float32, also
+    for half-precision weights.
+
+    Args:
+        model: a causal LM of transformers, unwrapped.
+        hidden: (N, H).
+        value: from the logits (n, V) of the hidden states that a slice picks, soft-capped, to (n,).
+        gradient: from the same and the gradient of the result, (n,), to that of the logits, (n, V), in a tensor of
+            its own; by default what autograd makes of `value`, which holds a few more tiles.
+        max_tile: logits that exist at once; `MAX_TILE` by default.
+
+    Returns:
+        (N,) float32, float64 for a float64 model.
+    """
+    head, softcap = model.get_output_embeddings(), final_softcap(model)
+    rows = max(1, (max_tile or MAX_TILE) // model.config.get_text_config().vocab_size)
+    if _is_plain(head):
+        gradient = gradient or _by_autograd(value)
+        return _Tiled.apply(
+            hidden, _gathered(head.weight), _gathered(head.bias), value, gradient, softcap, rows
+        )
+
+    def tile_value(hidden: Tensor, tile: slice) -> Tensor:
+        return value(head_logits(model, hidden), tile)
 
     # LoRA on the head, say: whatever the module computes, recomputed in the backward pass.
-    tiles = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([checkpoint(tile, h, t, use_reentrant=False) for h, t in tiles])  # pyright: ignore
+    tiles = _tiles(len(hidden), rows) or [slice(0, 0)]
+    return torch.cat([checkpoint(tile_value, hidden[tile], tile, use_reentrant=False) for tile in tiles])  # pyright: ignore
 
 
-class _TiledLogps(torch.autograd.Function):
-    """log_softmax(cap(hidden @ weight.T + bias))[target], recomputing each tile of logits in the backward pass.
+def _by_autograd(value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor, slice, Tensor], Tensor]:
+    def gradient(logits: Tensor, tile: slice, upstream: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            return torch.autograd.grad(value(leaf, tile), leaf, upstream)[0]
 
-    Sums over rows and over the vocabulary run in float32, also for half-precision weights.
-    """
+    return gradient
+
+
+class _Tiled(torch.autograd.Function):
+    """value(cap(hidden @ weight.T + bias)), recomputing each tile of logits in the backward pass."""
 
     @staticmethod
     def forward(
@@ -157,38 +230,33 @@ class _TiledLogps(torch.autograd.Function):
         hidden: Tensor,  # (N, H)
         weight: Tensor,  # (V, H)
         bias: Tensor | None,  # (V,)
-        targets: Tensor,  # (N,)
+        value: Callable[[Tensor, slice], Tensor],
+        gradient: Callable[[Tensor, slice, Tensor], Tensor],
         softcap: float | None,
         rows: int,
     ) -> Tensor:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        normalizers = torch.empty_like(logps)
+        values = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for tile in _tiles(len(hidden), rows):
-                logits = _capped(_project(hidden[tile], weight, bias), softcap)
-                normalizers[tile] = logits.logsumexp(-1)
-                logps[tile] = logits.gather(-1, targets[tile, None]).squeeze(-1) - normalizers[tile]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
-        ctx.softcap, ctx.rows = softcap, rows
-        return logps
+                values[tile] = value(_capped(_project(hidden[tile], weight, bias), softcap), tile)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.gradient, ctx.softcap, ctx.rows = gradient, softcap, rows
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
-        (gradient,) = upstream
+        hidden, weight, bias = ctx.saved_tensors
+        (of_values,) = upstream
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=gradient.dtype) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=gradient.dtype) if wants_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=of_values.dtype) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=of_values.dtype) if wants_bias else None
         for tile in _tiles(len(hidden), ctx.rows):
             logits = _capped(_project(hidden[tile], weight, bias), ctx.softcap)
-            # d logp / d logits = one_hot(target) - softmax, times 1 - tanh^2 through the cap
-            delta = (logits - normalizers[tile, None]).exp_().mul_(-gradient[tile, None])
-            delta.scatter_add_(-1, targets[tile, None], gradient[tile, None])
+            delta = ctx.gradient(logits, tile, of_values[tile])
             if ctx.softcap is not None:
-                delta.mul_(1 - (logits / ctx.softcap).square_())
+                delta.mul_(1 - (logits / ctx.softcap).square_())  # 1 - tanh^2, through the cap
             if grad_hidden is not None:
                 grad_hidden[tile] = _matmul(delta, weight).to(hidden.dtype)
             if grad_weight is not None:
@@ -199,6 +267,7 @@ class _TiledLogps(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,
@@ -227,12 +296,16 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
         and not torch.is_grad_enabled()
     ):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    dtype = _wide(torch.promote_types(a.dtype, b.dtype))
     return a.to(dtype) @ b.to(dtype)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_wide(x.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _is_plain(head: nn.Module) -> bool:

@@ -12,7 +12,7 @@ Multi-Turn Iterative Preference Learning").
 """
 
 from mtpo.losses.checks import LossOut
-from mtpo.losses.distributions import geometric_mixture, token_divergence
+from mtpo.losses.distributions import Divergence, geometric_mixture, token_divergence
 from mtpo.losses.paired import GPO, gpo_f, paired_loss
 from mtpo.losses.sequences import masked_sum, sampled_kl, sft_loss, token_logps
 from mtpo.losses.turns import policy_gradient_loss, reward_to_go, turn_gae, turn_sums, value_loss
@@ -20,6 +20,7 @@ from mtpo.losses.unpaired import dro_policy_loss, dro_value_loss, kto_baseline, 
 
 __all__ = [
     "GPO",
+    "Divergence",
     "LossOut",
     "dro_policy_loss",
     "dro_value_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,31 +38,62 @@ def token_divergence(
     Returns:
         `per_example` is None, because long rows count for more.
     """
-    if kind not in DIVERGENCES:
-        raise InputError(f"divergence {kind!r}; expected one of {', '.join(DIVERGENCES)}")
     check_shapes(student_logits=student_logits, teacher_logits=teacher_logits)
     if student_logits.ndim != 3 or student_logits.shape[:2] != mask.shape:
         raise InputError(f"logits {tuple(student_logits.shape)} and mask {tuple(mask.shape)} do not fit")
-    if not 0 <= beta <= 1 or not temperature > 0:
-        raise InputError(f"beta {beta} must lie in [0, 1] and temperature {temperature} be positive")
+    divergence = Divergence(kind, beta, temperature)
     mask = mask.bool()
     if not mask.any():
         raise InputError("the mask has no action token in the whole batch: nothing to learn from")
-    student = _log_softmax(student_logits[mask], temperature, softcap)  # (N, V)
-    teacher = _log_softmax(teacher_logits.detach()[mask], temperature, softcap)
-    check_no_nan(student_logits=student, teacher_logits=teacher)
-    if kind == "jsd" and beta in (0, 1):
-        kind = "forward_kl" if beta == 0 else "reverse_kl"
-    if kind == "ce":
-        per_token = -_expectation(teacher, student)
-    elif kind == "forward_kl":
-        per_token = _kl(teacher, student)
-    elif kind == "reverse_kl":
-        per_token = _kl(student, teacher)
-    else:
-        middle = _mixture(teacher, student, beta)
-        per_token = beta * _kl(teacher, middle) + (1 - beta) * _kl(student, middle)
+    per_token = divergence.between(
+        log_probs(student_logits[mask], temperature, softcap),
+        log_probs(teacher_logits.detach()[mask], temperature, softcap),
+    )
+    check_no_nan(divergence=per_token)
     return LossOut(per_token.mean(), None, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """A divergence of two next-token distributions, as `token_divergence` explains it.
+
+    Raises:
+        InputError: there is no such kind, or a number is out of range.
+    """
+
+    kind: str
+    beta: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES:
+            raise InputError(f"divergence {self.kind!r}; expected one of {', '.join(DIVERGENCES)}")
+        if not 0 <= self.beta <= 1 or not self.temperature > 0:
+            raise InputError(
+                f"beta {self.beta} must lie in [0, 1] and temperature {self.temperature} be positive"
+            )
+
+    def between(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Of log-probs (N, V) at this temperature; (N,) in nats."""
+        kind, beta = self.kind, self.beta
+        if kind == "jsd" and beta in (0, 1):
+            kind = "forward_kl" if beta == 0 else "reverse_kl"
+        if kind == "ce":
+            return -_expectation(teacher, student)
+        if kind == "forward_kl":
+            return _kl(teacher, student)
+        if kind == "reverse_kl":
+            return _kl(student, teacher)
+        middle = _mixture(teacher, student, beta)
+        return beta * _kl(teacher, middle) + (1 - beta) * _kl(student, middle)
+
+
+def log_probs(logits: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
+    """log softmax(cap(logits) / temperature), in float32, or float64 if the logits are float64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return (logits / temperature).log_softmax(-1)
 
 
 def geometric_mixture(policy_logits: Tensor, ref_logits: Tensor, ref_coef: float) -> tuple[Tensor, Tensor]:
@@ -80,22 +112,15 @@ def geometric_mixture(policy_logits: Tensor, ref_logits: Tensor, ref_coef: float
     if not 0 <= ref_coef <= 1:
         raise InputError(f"ref_coef must lie in [0, 1], got {ref_coef}")
     if ref_coef in (0, 1):
-        only = _log_softmax(ref_logits if ref_coef else policy_logits)
+        only = log_probs(ref_logits if ref_coef else policy_logits)
         check_no_nan(logits=only)
         return only, torch.zeros_like(only[..., 0])
-    mixed = (1 - ref_coef) * _log_softmax(policy_logits) + ref_coef * _log_softmax(ref_logits)
+    mixed = (1 - ref_coef) * log_probs(policy_logits) + ref_coef * log_probs(ref_logits)
     log_normalizer = mixed.logsumexp(-1)
     check_no_nan(logits=mixed)
     if torch.isneginf(log_normalizer).any():
         raise InputError("policy and reference have no token in common: their mixture is empty")
     return mixed - log_normalizer[..., None], log_normalizer
-
-
-def _log_softmax(logits: Tensor, temperature: float = 1.0, softcap: float | None = None) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return (logits / temperature).log_softmax(-1)
 
 
 def _mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
