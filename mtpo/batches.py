@@ -10,6 +10,9 @@ and a pair, both sides beginning with the same prompt:
      "chosen_input_ids": [int], "chosen_completion_mask": [0 or 1],
      "rejected_input_ids": [int], "rejected_completion_mask": [0 or 1]}
 
+Online training adds `pref_prob`, the probability that the chosen side wins, to a pair, and makes single trajectories
+with a `reward` in place of `label`; such rows are never on disk.
+
 `completion_mask` is 1 on the ids that the model sampled, 0 on prompt and tool output. The prompt is the
 leading run of zeros.
 """
@@ -31,12 +34,13 @@ from mtpo.errors import InputError
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-RowKind = Literal["single", "label", "pair"]
+RowKind = Literal["single", "label", "reward", "pair"]
 Mask = Literal["action", "none", "last_turn"]
 
 COLUMNS: dict[RowKind, dict[str, type]] = {
     "single": {"problem_id": str, "sample": int, "input_ids": list, "completion_mask": list},
     "label": {"problem_id": str, "sample": int, "input_ids": list, "completion_mask": list, "label": bool},
+    "reward": {"problem_id": str, "sample": int, "input_ids": list, "completion_mask": list, "reward": float},
     "pair": {
         "problem_id": str,
         "chosen_sample": int,
@@ -78,7 +82,7 @@ def read_rows(path: str | Path) -> list[Row]:
 def row_kind(row: Row) -> RowKind:
     if "chosen_input_ids" in row:
         return "pair"
-    return "label" if "label" in row else "single"
+    return "label" if "label" in row else "reward" if "reward" in row else "single"
 
 
 def check_row(row: Row, where: str) -> None:
@@ -205,8 +209,9 @@ class SingleCollator:
     """Rows with one trajectory -> right-padded tensors.
 
     input_ids, attention_mask, completion_mask: (B, T) int64. If the rows have them: labels (B,) bool from
-    `label`, ref_logps (B, T), 0 off the mask, from `ref_logps`, a tensor with a value for each action token,
-    index (B,) int64 from `index`; and from `mismatched`, a row itself, the same tensors with the prefix `kl_`.
+    `label`, rewards (B,) float64 from `reward`, ref_logps (B, T), 0 off the mask, from `ref_logps`, a tensor with a
+    value for each action token, index (B,) int64 from `index`; and from `mismatched`, a row itself, the same tensors
+    with the prefix `kl_`.
     """
 
     pad_id: int
@@ -215,6 +220,8 @@ class SingleCollator:
         batch = _padded([(row["input_ids"], row["completion_mask"]) for row in rows], self.pad_id)
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.bool)
+        if "reward" in rows[0]:
+            batch["rewards"] = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _on_mask(batch["completion_mask"], [row["ref_logps"] for row in rows])
         if "mismatched" in rows[0]:
@@ -229,7 +236,7 @@ class PairCollator:
 
     input_ids, attention_mask, completion_mask: (2 B, T) int64. If the rows have them: ref_logps (2 B, T), 0 off
     the mask, from `chosen_ref_logps` and `rejected_ref_logps`, tensors with a value for each action token, index
-    (B,) int64 from `index`.
+    (B,) int64 from `index`, pref_prob (B,) float64 from `pref_prob`.
     """
 
     pad_id: int
@@ -242,6 +249,8 @@ class PairCollator:
         if "chosen_ref_logps" in rows[0]:
             logps = [row[f"{side}ref_logps"] for row, side in order]
             batch["ref_logps"] = _on_mask(batch["completion_mask"], logps)
+        if "pref_prob" in rows[0]:
+            batch["pref_prob"] = torch.tensor([row["pref_prob"] for row in rows], dtype=torch.float64)
         return batch | _index(rows)
 
 

@@ -46,9 +46,16 @@ class Scores:
     desirable_share: Tensor | None = None
     """Share of the desirable trajectories in the global batch."""
     rewards: Tensor | None = None
-    """(N,), 1 or 0 by label, of mean 0 and variance 1 over the data set."""
+    """(N,): of dro_v 1 or 0 by label, of mean 0 and variance 1 over the data set; in online training the judge's."""
     values: Tensor | None = None
-    """(N,), what the value network says of the prompts; carries its gradient."""
+    """What the value network says of the prompts, (N,), or of the states before each turn, (N, H), H being the
+    most turns of a row; carries its gradient."""
+    pref_prob: Tensor | None = None
+    """(B,), the probability that the chosen side wins, where a judge gives one."""
+    turn_ids: Tensor | None = None
+    """(N, T), the turn that each action token belongs to, from 0; -1 off the mask."""
+    advantage_moments: tuple[float, float] | None = None
+    """Mean and standard deviation of the turns' advantages over the global batch; None if this batch is all of it."""
 
     @property
     def rho(self) -> Tensor:
