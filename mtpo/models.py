@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mtpo.errors import GuardError, InputError
+from mtpo.runs import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """No float16: Gemma's activations overflow it."""
@@ -33,7 +34,8 @@ def load_model(
     """Load a causal language model in eval mode; of a multimodal Gemma 3 checkpoint, its text model.
 
     Args:
-        name_or_path: a folder written by `save_pretrained`, or a name on the hub.
+        name_or_path: a folder written by `save_pretrained`, or a name on the hub. Of an adapter's folder, the model
+            is the one that its `adapter_config.json` names, with the adapter on it.
         dtype: a key of `DTYPES`.
         attention: transformers' `attn_implementation`; `exact_attention(config)` by default.
 
@@ -44,17 +46,54 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    config = _pretrained(AutoConfig, name_or_path, "model")
+    base = adapter_base(name_or_path)
+    if base is not None:
+        return _with_adapter(load_model(base, dtype=dtype, attention=attention), name_or_path)
+    config = load_config(name_or_path)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
-    if config.model_type == "gemma3":
-        config, options["key_mapping"] = config.get_text_config(), TEXT_OF_MULTIMODAL
+    if config.model_type == "gemma3_text":
+        options["key_mapping"] = TEXT_OF_MULTIMODAL
     options |= {"config": config, "attn_implementation": attention or exact_attention(config)}
     model, info = _pretrained(AutoModelForCausalLM, name_or_path, "model", **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"model {name_or_path}: {len(missing)} weights are missing, {missing[0]} among them")
     require_exact_attention(model)
+    model.config._name_or_path = model.name_or_path = str(name_or_path)  # what an adapter names as its base
     return model.eval()
+
+
+def load_config(name_or_path: str | Path) -> Any:
+    """What `load_model` would make a model of, without its weights; of an adapter's folder, its base's.
+
+    Raises:
+        InputError: there is no such folder or name, or it holds no model.
+    """
+    base = adapter_base(name_or_path)
+    if base is not None:
+        return load_config(base)
+    config = _pretrained(AutoConfig, name_or_path, "model")
+    return config.get_text_config() if config.model_type == "gemma3" else config
+
+
+def adapter_base(name_or_path: str | Path) -> str | None:
+    """The model that an adapter's folder names; None for any other folder or name.
+
+    Raises:
+        InputError: the folder's `adapter_config.json` is broken or names none.
+    """
+    path = Path(name_or_path) / "adapter_config.json"
+    if not path.exists():
+        return None
+    base = read_json(path).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{path}: names no model (base_model_name_or_path) that the adapter is for")
+    return base
+
+
+def holds_model(folder: Path) -> bool:
+    """A model, or an adapter, was written there."""
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -103,6 +142,18 @@ def fingerprint(model: nn.Module) -> str:
         content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(content.numpy())  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
+
+
+def _with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:
+    try:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except ImportError as error:
+        raise InputError(f"{folder} is an adapter, which needs peft, pip install 'mtpo[peft]'") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"adapter {folder} does not fit {model.name_or_path}: {reason}") from error
 
 
 def _softcap(config: Any) -> float | None:

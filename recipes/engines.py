@@ -12,7 +12,7 @@ import yaml
 
 from mtpo.chat import ChatFormat
 from mtpo.errors import InputError
-from mtpo.models import load_model, load_tokenizer
+from mtpo.models import adapter_base, load_model, load_tokenizer
 from mtpo.rollout import Engine
 
 ENGINES = ("transformers", "vllm", "openai")
@@ -108,6 +108,9 @@ class Sampler:
             from mtpo.engines.vllm import VLLMEngine
 
             arguments = {"dtype": self.dtype, **parse_engine_args(options.engine_args)}
+            base = adapter_base(self.name)
+            if base is not None:
+                return VLLMEngine(base, adapter=self.name, **arguments)
             return VLLMEngine(self.name, **arguments)
         if options.engine == "openai":
             from mtpo.engines.openai import OpenAIEngine

@@ -20,6 +20,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from eval.stages import Stage, stages_table
 from mtpo.batches import read_rows
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
+from mtpo.models import holds_model, load_model
 from mtpo.runs import RunFolder, read_json, write_json
 from mtpo.training import TrainingSettings, train
 from mtpo.training.guards import engine_gap
@@ -271,7 +273,7 @@ def train_policy(folder: Path, current: str, reference: str, options: LoopOption
         read_rows(folder / "labels" / f"{KINDS[options.recipe.rows]}.jsonl"),
         options,
         out,
-        reference_model=load_policy(reference, options.dtype, options.attention)[0]
+        reference_model=partial(load_model, reference, dtype=options.dtype, attention=options.attention)
         if needs_another
         else None,
         tokenizer=chat.tokenizer,
@@ -283,7 +285,7 @@ def select_on(dev: Sequence[Problem], folder: Path, options: LoopOptions) -> dic
     """Greedy accuracy on dev of every checkpoint and of the final model (`model`), by folder name."""
     greedy = dataclasses.replace(options, temperature=0.0, samples=1)
     accuracies = {}
-    for name in sorted(p.name for p in (folder / "train").iterdir() if (p / "config.json").exists()):
+    for name in sorted(p.name for p in (folder / "train").iterdir() if holds_model(p)):
         result, _ = evaluate_into(
             folder / "dev" / name,
             Sampler.load(folder / "train" / name, options, options.dtype, options.attention),

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mtpo.batches import Row, RowKind, read_rows
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
-from mtpo.models import load_model, load_tokenizer
+from mtpo.models import load_config, load_model, load_tokenizer
 from mtpo.runs import RunFolder
 from mtpo.training import METHODS, TrainingSettings, TrainResult, train
 from recipes.label import Kind
 
 KINDS: dict[RowKind, Kind] = {"pair": "pairs", "label": "binary", "single": "sft"}
 """What recipes.label calls the rows that a method takes."""
-SPEED_ONLY = frozenset({"micro_batch_size", "gradient_checkpointing"})
+SPEED_ONLY = frozenset({"micro_batch_size", "gradient_checkpointing", "layout"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +49,17 @@ def train_policy(config: Config) -> str:
     rows = read_data(config.data, config.method)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=config.dtype, attention=config.attention)
-    reference = None
+    load_reference = None
     if config.reference is not None:
-        reference = load_model(config.reference, dtype=config.dtype, attention=config.attention)
+        load_config(config.reference)  # a wrong name is told before there is a run folder
+        load_reference = partial(load_model, config.reference, dtype=config.dtype, attention=config.attention)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
     result = train(
         model,
         rows,
         config,
         folder.path,
-        reference_model=reference,
+        reference_model=load_reference,
         tokenizer=tokenizer,
         resume=config.resume,
     )

@@ -4,6 +4,7 @@ methods.py    from the name of a method to its rows and its loss
 settings.py   every knob
 run.py        train(): rows in, a model folder out
 trainer.py    the trainer, on transformers.Trainer
+adapters.py   LoRA
 reference.py  log-probs of the reference, cached by content
 guards.py     checks that training would be silently wrong
 mismatch.py   KTO's mismatched trajectories

@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from mtpo.batches import Row, masked_rows, row_length, usable_rows
 from mtpo.errors import InputError
 from mtpo.models import fingerprint, require_exact_attention, unwrapped
+from mtpo.training.adapters import check_merge, merged, with_adapter
 from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
 from mtpo.training.guards import EqualGradients, check_one_bos
 from mtpo.training.mismatch import with_mismatched
@@ -51,14 +52,14 @@ def train(
     settings: TrainingSettings,
     out: str | Path,
     *,
-    reference_model: PreTrainedModel | None = None,
+    reference_model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Train `model` in place and write it to `out`.
 
-    out/model          the final model (and tokenizer), written last and whole
+    out/model          the final model or adapter (and tokenizer), written last and whole
     out/checkpoint-N   the model after N steps, with what is needed to go on from there
     out/metrics.jsonl  one object a step
     out/reference      log-probs of the reference, by content
@@ -67,7 +68,8 @@ def train(
         model: the policy to start from, also when resuming: the reference is measured before its weights are
             replaced by those of the last checkpoint.
         rows: of the kind that the method takes; see `mtpo.batches`.
-        reference_model: `model` as it is now, if None. Methods on single rows have none.
+        reference_model: `model` as it is now, if None. Methods on single rows have none. Of a function that loads
+            it, the model is let go of before training starts.
         resume: go on from the last checkpoint in `out`, or start if there is none.
 
     Raises:
@@ -94,29 +96,33 @@ def train(
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if settings.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
-    starts_at_reference = False
+    starts_at_reference, value_network = False, None
     if settings.recipe.needs_reference:
         _disable_dropout(model)
+        reference = _loaded(reference_model) or model
         starts_at_reference = checkpoint is None and (
-            reference_model is None or fingerprint(reference_model) == fingerprint(model)
+            reference is model or fingerprint(reference) == fingerprint(model)
         )
-        kept = _with_reference(kept, reference_model or model, args, progress)
+        kept = _with_reference(kept, reference, args, progress)
+        if reward is not None:
+            value_network = ValueNetwork(reference).to(args.device)
+        del reference, reference_model
     elif reference_model is not None:
         raise InputError(f"reference_model has no effect on method {settings.method!r}")
+    policy = with_adapter(model, settings)
 
     order = training_order([row_length(row) for row in kept], settings)
     num_steps = math.ceil(len(order) / settings.batch_size)
     value = None
-    if reward is not None:
-        network = ValueNetwork(reference_model or model).to(args.device)
-        value = ValueTraining(network, reward, settings, num_steps)
+    if reward is not None and value_network is not None:
+        value = ValueTraining(value_network, reward, settings, num_steps)
     callbacks: list[TrainerCallback] = [
         MetricsFile(out / "metrics.jsonl"),
         Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
         EqualGradients(),
     ]
     trainer = TrajectoryTrainer(
-        model,
+        policy,
         [kept[i] for i in order],
         settings,
         args,
@@ -125,9 +131,11 @@ def train(
         starts_at_reference=starts_at_reference,
         value=value,
     )
+    if settings.merge_adapter:
+        check_merge(policy, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model.eval()
-    _save(trainer, out / "model")
+    policy.eval()
+    _save(trainer, out / "model", merge=settings.merge_adapter)
     return TrainResult(
         model=out / "model",
         checkpoints=tuple(_checkpoints(out)),
@@ -240,6 +248,12 @@ def _with_reference(
     return rows
 
 
+def _loaded(model: PreTrainedModel | Callable[[], PreTrainedModel] | None) -> PreTrainedModel | None:
+    if model is None or isinstance(model, nn.Module):  # PEFT's wrappers are no PreTrainedModel
+        return model  # pyright: ignore[reportReturnType]
+    return model()
+
+
 def _disable_dropout(model: nn.Module) -> None:
     """A log-ratio compares two distributions, not two draws of a dropout mask."""
     for module in model.modules():
@@ -249,9 +263,11 @@ def _disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
-def _save(trainer: TrajectoryTrainer, folder: Path) -> None:
+def _save(trainer: TrajectoryTrainer, folder: Path, *, merge: bool) -> None:
     """Under another name first: a folder of this name is whole, whatever interrupts us."""
     partial = folder.with_name(f".{folder.name}")
+    if merge:
+        trainer.model = merged(trainer.accelerator.unwrap_model(trainer.model))
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
         (partial / "training_args.bin").unlink(missing_ok=True)

@@ -96,6 +96,22 @@ class TrainingSettings:
         default=None,
         metadata={"help": "longer rows are dropped; by default those beyond the model's context"},
     )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "train a LoRA adapter of this rank; by default the whole model"}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "the adapter counts alpha / rank; by default alpha is twice the rank"}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "on the adapter's input; sft and raft only, log-ratios take none"}
+    )
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "layers with an adapter: q_proj, lm_head, ...; all-linear is all but the head"},
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "save the whole model with the adapter added to its weights"}
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "compute activations twice, to keep fewer"}
     )
@@ -116,6 +132,7 @@ class TrainingSettings:
         for name, (low, high) in RANGES.items():
             self._check_option(name, low, high)
         self._check_numbers()
+        self._check_adapter()
 
     def _check_option(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
@@ -147,6 +164,25 @@ class TrainingSettings:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 0 and less than 1")
         if self.lr_schedule == "constant" and self.final_lr_ratio:
             raise InputError("final_lr_ratio has no effect on the constant schedule")
+
+    def _check_adapter(self) -> None:
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_dropout", "merge_adapter"):
+                if getattr(self, name):
+                    raise InputError(f"{name} has no effect without lora_rank")
+            if self.lora_targets != ["all-linear"]:
+                raise InputError("lora_targets has no effect without lora_rank")
+            return
+        if self.lora_rank < 1 or (self.lora_alpha is not None and not self.lora_alpha > 0):
+            raise InputError(
+                f"lora_rank {self.lora_rank} and lora_alpha {self.lora_alpha}: expected positive numbers"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout is {self.lora_dropout}, expected at least 0 and less than 1")
+        if self.lora_dropout and self.recipe.needs_reference:
+            raise InputError(
+                f"lora_dropout: method {self.method!r} compares policy and reference, and dropout would differ"
+            )
 
     @property
     def recipe(self) -> Method:
