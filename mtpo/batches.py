@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mtpo.errors import InputError
+from mtpo.layouts import Layout, arranged
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def _masked(completion_mask: Sequence[int], mask: Mask) -> list[int]:
 
 @dataclass(frozen=True)
 class SingleCollator:
-    """Rows with one trajectory -> right-padded tensors.
+    """Rows with one trajectory -> right-padded tensors, and in another layout than "padded" those of `mtpo.layouts`.
 
     input_ids, attention_mask, completion_mask: (B, T) int64. If the rows have them: labels (B,) bool from
     `label`, rewards (B,) float64 from `reward`, ref_logps (B, T), 0 off the mask, from `ref_logps`, a tensor with a
@@ -215,9 +216,13 @@ class SingleCollator:
     """
 
     pad_id: int
+    layout: Layout = "padded"
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         batch = _padded([(row["input_ids"], row["completion_mask"]) for row in rows], self.pad_id)
+        if self.layout != "padded":
+            alone = [(n,) for n in range(len(rows))]
+            batch |= arranged([row["input_ids"] for row in rows], alone, self.pad_id)
         if "label" in rows[0]:
             batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.bool)
         if "reward" in rows[0]:
@@ -225,7 +230,7 @@ class SingleCollator:
         if "ref_logps" in rows[0]:
             batch["ref_logps"] = _on_mask(batch["completion_mask"], [row["ref_logps"] for row in rows])
         if "mismatched" in rows[0]:
-            mismatched = SingleCollator(self.pad_id)([row["mismatched"] for row in rows])
+            mismatched = SingleCollator(self.pad_id, self.layout)([row["mismatched"] for row in rows])
             batch |= {f"kl_{name}": tensor for name, tensor in mismatched.items()}
         return batch | _index(rows)
 
@@ -234,18 +239,24 @@ class SingleCollator:
 class PairCollator:
     """B pairs -> one right-padded batch of 2 B trajectories, all chosen ones before all rejected ones.
 
+    In another layout than "padded" also the tensors of `mtpo.layouts`.
     input_ids, attention_mask, completion_mask: (2 B, T) int64. If the rows have them: ref_logps (2 B, T), 0 off
     the mask, from `chosen_ref_logps` and `rejected_ref_logps`, tensors with a value for each action token, index
     (B,) int64 from `index`, pref_prob (B,) float64 from `pref_prob`.
     """
 
     pad_id: int
+    layout: Layout = "padded"
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         order = [(row, side) for side in ("chosen_", "rejected_") for row in rows]
         batch = _padded(
             [(row[f"{side}input_ids"], row[f"{side}completion_mask"]) for row, side in order], self.pad_id
         )
+        if self.layout != "padded":
+            pairs = [(n, len(rows) + n) for n in range(len(rows))]
+            units = pairs if self.layout == "tree" else [(n,) for pair in pairs for n in pair]
+            batch |= arranged([row[f"{side}input_ids"] for row, side in order], units, self.pad_id)
         if "chosen_ref_logps" in rows[0]:
             logps = [row[f"{side}ref_logps"] for row, side in order]
             batch["ref_logps"] = _on_mask(batch["completion_mask"], logps)

@@ -56,26 +56,25 @@ def action_logps(
         InputError: the shapes differ, the mask marks token 0, which nothing predicts, or the model is of a
             family whose head this module does not know.
     """
-    actions = Actions(input_ids, completion_mask)
-
-    def logps_of_actions(model: Any, hidden: Tensor) -> Tensor:
-        return actions.placed(logps_after(model, actions.states(hidden), actions.targets))
-
-    return read_out(
-        model, logps_of_actions, input_ids, attention_mask=attention_mask, position_ids=position_ids
-    )
+    readout = logps_of(Actions(input_ids, completion_mask))
+    return read_out(model, readout, input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
 
 @dataclass(frozen=True)
 class Actions:
-    """The N action tokens of a batch, and the hidden states that predict them.
+    """The action tokens of a batch, and the hidden states that predict them; N of them without `places`.
 
     Raises:
         InputError: the shapes differ, or the mask marks token 0, which nothing predicts.
     """
 
     input_ids: Tensor
+    """(B, T), the trajectories."""
     completion_mask: Tensor
+    """(B, T)."""
+    places: Tensor | None = None
+    """(B, T); where each token lies among the flattened last hidden states, if these are of other rows than
+    `input_ids`. What trajectories share there is predicted once, which leaves fewer than N tokens."""
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.shape != self.completion_mask.shape:
@@ -89,15 +88,32 @@ class Actions:
     @property
     def targets(self) -> Tensor:
         """(N,), the tokens."""
-        return self.input_ids[self.completion_mask.bool()]
+        if self.places is None:
+            return self.input_ids[self.completion_mask.bool()]
+        (_, targets), _ = self._distinct
+        return targets
 
     def states(self, hidden: Tensor) -> Tensor:
-        """(N, H) of (B, T, H): each from the position before its token."""
-        return hidden[:, :-1][self.completion_mask[:, 1:].bool()]
+        """(N, H) of the last hidden states, (B, T, H): each from the position before its token."""
+        if self.places is None:
+            return hidden[:, :-1][self.completion_mask[:, 1:].bool()]
+        (sources, _), _ = self._distinct
+        return hidden.flatten(0, 1)[sources]
 
     def placed(self, values: Tensor) -> Tensor:
         """(B, T) with the values, (N,), where the tokens stand, and 0 elsewhere."""
+        if self.places is not None:
+            _, copies = self._distinct
+            values = values[copies]
         return values.new_zeros(self.input_ids.shape).masked_scatter(self.completion_mask.bool(), values)
+
+    @functools.cached_property
+    def _distinct(self) -> tuple[Tensor, Tensor]:
+        """Source and target of what is to be predicted, (2, S), and which of these each action token is, (N,)."""
+        assert self.places is not None
+        is_action = self.completion_mask[:, 1:].bool()
+        pairs = torch.stack([self.places[:, :-1][is_action], self.input_ids[:, 1:][is_action]])
+        return pairs.unique(dim=1, return_inverse=True)  # pyright: ignore[reportReturnType]
 
 
 def read_out(model: nn.Module, readout: Readout, input_ids: Tensor, **inputs: Any) -> Any:
@@ -153,6 +169,11 @@ def install(model: Any) -> None:
 
     model.forward = types.MethodType(forward, model)
     model._has_readout = True
+
+
+def logps_of(actions: Actions) -> Readout:
+    """Reads log p of the tokens, (B, T), out of the last hidden states, as `action_logps` does."""
+    return lambda model, hidden: actions.placed(logps_after(model, actions.states(hidden), actions.targets))
 
 
 def logps_after(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from mtpo.batches import Row, masked_rows, row_length, usable_rows
 from mtpo.errors import InputError
 from mtpo.models import fingerprint, require_exact_attention, unwrapped
+from mtpo.scoring import require_layout
 from mtpo.training.adapters import check_merge, merged, with_adapter
 from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
 from mtpo.training.guards import EqualGradients, check_one_bos
@@ -93,6 +94,7 @@ def train(
     reward = standardized_reward(kept) if settings.method == "dro_v" else None
     kept = masked_rows(kept, settings.mask)
     args = _arguments(settings, out)
+    require_layout(model, settings.layout, args.device)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
     if settings.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})

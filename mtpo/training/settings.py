@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from mtpo.batches import Mask
 from mtpo.errors import InputError
+from mtpo.layouts import Layout
 from mtpo.training.methods import METHODS, Method, Options
 
 Optimizer = Literal["adamw", "muon"]
@@ -91,6 +92,12 @@ class TrainingSettings:
         default=None,
         metadata={"help": "rows a forward pass on one device: memory, not results; by default all of them"},
     )
+    layout: Layout = field(
+        default="padded",
+        metadata={
+            "help": "packed: trajectories end to end; tree: pairs share their prefix; speed and memory, not results"
+        },
+    )
     epochs: int = field(default=1, metadata={"help": "how often every row is drawn"})
     max_length: int | None = field(
         default=None,
@@ -126,6 +133,7 @@ class TrainingSettings:
             ("mask", get_args(Mask)),
             ("optimizer", get_args(Optimizer)),
             ("lr_schedule", get_args(Schedule)),
+            ("layout", get_args(Layout)),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
@@ -162,6 +170,11 @@ class TrainingSettings:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 0 and less than 1")
+        if self.layout == "tree" and self.recipe.rows != "pair":
+            raise InputError(
+                f"layout 'tree' shares the prefix of a pair, but method {self.method!r} trains on "
+                f"{self.recipe.rows} rows: take 'packed'"
+            )
         if self.lr_schedule == "constant" and self.final_lr_ratio:
             raise InputError("final_lr_ratio has no effect on the constant schedule")
 

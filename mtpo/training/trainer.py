@@ -16,9 +16,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from mtpo.batches import PairCollator, Row, SingleCollator, row_name
 from mtpo.errors import GuardError
-from mtpo.logprobs import action_logps, install
+from mtpo.logprobs import install
 from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
+from mtpo.scoring import batch_logps
 from mtpo.training.methods import Scores
 from mtpo.training.metrics import CollapseMonitor, StepMetrics, explained_variance, pair_metrics
 from mtpo.training.optim import lr_factor, make_optimizer
@@ -76,7 +77,7 @@ class TrajectoryTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=_Indexed(rows),  # pyright: ignore[reportArgumentType]
-            data_collator=collator(pad_id),  # pyright: ignore[reportArgumentType]
+            data_collator=collator(pad_id, settings.layout),  # pyright: ignore[reportArgumentType]
             processing_class=tokenizer,
             callbacks=callbacks,
         )
@@ -189,12 +190,7 @@ class TrajectoryTrainer(Trainer):
     def _score(self, model: nn.Module, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
         """Log-probs, (N, T), and their float64 sums, (N,): a float32 sum of a long trajectory loses 1e-4."""
         mask = batch[f"{prefix}completion_mask"]
-        logps = action_logps(
-            model,
-            batch[f"{prefix}input_ids"],
-            mask,
-            attention_mask=batch[f"{prefix}attention_mask"],
-        )
+        logps = batch_logps(model, batch, prefix)
         finite = torch.isfinite(logps).all(-1)
         if not finite.all():
             raise GuardError(f"log-probs are not finite on {self._names(batch, ~finite)}")
