@@ -82,8 +82,8 @@ class PolicySamplers:
     """Engines in this process for all that is made of one policy and one reference.
 
     With `push_every` 1 the trainer's own modules sample, so that there is one copy of the policy; above 1 there is a
-    second one, which stays as it is between two pushes. `previous` and `ema` take a copy each, `previous(k)` also
-    k + 1 copies in main memory.
+    second one, which stays as it is between two pushes. `previous` takes a copy, and k + 1 in main memory; `ema` takes
+    a copy in float32, and above 1 a second one. Every push reads all weights once, for the fingerprint.
 
     Args:
         policy: the model that is trained in place, bare or wrapped, but not sharded. Sampling leaves it in eval mode.
@@ -217,15 +217,15 @@ class PolicySamplers:
             else:
                 model = self._policy
                 if sampler.kind == "ema":
-                    model = self._copy(f"{AVERAGE}{sampler.value!r}", self._policy).float()
+                    model = self._copy(f"{AVERAGE}{sampler.value!r}", self._policy, torch.float32)
                 if self._push_every > 1:
                     model = self._copy(f"served {sampler.name}", model)
             self._weights[sampler] = Weights(model)
         return self._weights[sampler]
 
-    def _copy(self, name: str, model: nn.Module) -> nn.Module:
+    def _copy(self, name: str, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """A model of its own with the same weights, or with those that were saved under the name."""
-        made = self._copies[name] = copy.deepcopy(model).requires_grad_(False)
+        made = self._copies[name] = copy.deepcopy(model).requires_grad_(False).to(dtype)
         if name in self._saved:
             _load(made, self._saved.pop(name))
         return made

@@ -152,6 +152,51 @@ async def test_long_prefills_are_cut_into_bounded_steps() -> None:
     assert [g.ids for g in bounded] == [g.ids for g in free]
 
 
+async def test_weights_that_change_in_place_are_served_from_then_on() -> None:
+    model, sampling = model_of("gemma2"), Sampling(8, NO_STOP, temperature=0)
+    engine = TransformersEngine(model)
+    before = await engine.generate(PROMPTS[1], sampling, session="one")
+    old = engine.fingerprint
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    engine.weights_changed()
+    again = await engine.generate(PROMPTS[1], sampling, session="one")
+    fresh = TransformersEngine(model)
+    expected = await fresh.generate(PROMPTS[1], sampling)
+    assert (again.ids, again.logps) == (expected.ids, expected.logps)
+    assert again.logps != before.logps
+    assert engine.fingerprint == fresh.fingerprint != old
+    await engine.aclose()
+    await fresh.aclose()
+
+
+async def test_weights_do_not_change_under_a_request_but_may_after_it_is_cancelled() -> None:
+    engine = TransformersEngine(model_of("llama"))
+    call = asyncio.create_task(engine.generate(PROMPTS[0], Sampling(400, NO_STOP)))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineError, match="weights cannot change while 1 requests are in flight"):
+        engine.weights_changed()
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    engine.weights_changed()
+    assert len((await engine.generate(PROMPTS[0], Sampling(3, NO_STOP))).ids) == 3
+    await engine.aclose()
+
+
+async def test_a_model_that_its_trainer_left_in_training_mode_samples_without_dropout() -> None:
+    model = model_of("llama")
+    engine = TransformersEngine(model)
+    expected = await engine.generate(PROMPTS[0], Sampling(8, NO_STOP))
+    model.model.layers[0].mlp.down_proj = torch.nn.Sequential(
+        model.model.layers[0].mlp.down_proj, torch.nn.Dropout(0.9)
+    )
+    model.train()
+    engine.weights_changed()
+    assert (await engine.generate(PROMPTS[0], Sampling(8, NO_STOP))).logps == expected.logps
+    await engine.aclose()
+
+
 def test_attention_that_ignores_the_mask_is_refused() -> None:
     with pytest.raises(InputError, match="attn_implementation='flex_attention'"):
         TransformersEngine(tiny_model("llama", attention="flex_attention"))
