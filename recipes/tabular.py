@@ -3,8 +3,8 @@
     python -m recipes.tabular --out runs/tabular
 
 Expectations are exact: no network, no sampling. OUT/convergence.png has exploitability and KL to the Nash policy
-against steps, with the bounds that are proved; OUT/convergence.jsonl has the numbers. Printed are the gaps, and what
-tools that answer at random do to DPO on whole trajectories.
+against steps, with the bounds that are proved; OUT/convergence.jsonl has the numbers. Printed are the gaps, and the
+table of `recipes.random_tools`: what tools that answer at random do to DPO on whole trajectories.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from mtpo.tabular import (
     TreeGame,
     cyclic_preference,
     decreasing_step,
-    fit_dpo,
     ipo_md_step,
     mtpo_bound,
     mtpo_gap_bound,
@@ -40,6 +39,7 @@ from mtpo.tabular import (
     tree_exploitability,
     tree_outcomes,
 )
+from recipes.random_tools import random_tools_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def tabular(config: Config) -> str:
     write_jsonl(folder.path / "convergence.jsonl", map(dataclasses.asdict, curves))
     plot(arenas, curves, config.tau, folder.path / "convergence.png")
     print(gap_table(curves))
-    print(random_tools_table())
+    print(random_tools_table(seed=config.seed))
     folder.finish({f"{curve.game}: {curve.method}": curve.gap[-1] for curve in curves})
     return f"{len(curves)} runs of {config.steps} steps in {len(arenas)} games: {folder.path / 'convergence.png'}"
 
@@ -189,18 +189,6 @@ def gap_table(curves: Sequence[Curve]) -> str:
     ]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def random_tools_table() -> str:
-    """One safe action with utility 0.5 against a risky one with 5 in a tenth of the cases, else 0."""
-    chances, utilities = [[1.0, 0.0], [0.1, 0.9]], [[0.5, 0.0], [5.0, 0.0]]
-    lines = ["", "| P(risky), optimum 0.5 | trajectory DPO | with values in the margin |", "|---|---|---|"]
-    for beta in (0.1, 1.0):
-        plain, mended = (
-            fit_dpo([0.5, 0.5], chances, utilities, beta, value_offset=offset)[1] for offset in (False, True)
-        )
-        lines.append(f"| beta {beta} | {plain:.4f} | {mended:.4f} |")
-    return "\n".join([*lines, ""])
 
 
 def check_matplotlib() -> None:
