@@ -66,7 +66,6 @@ class LoopOptions(SamplingOptions, TrainingSettings):
     test_samples: int = field(
         default=1, metadata={"help": "samples per test problem at temperature 1; 0 for none"}
     )
-    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 to halve the memory"})
     attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     seed: int = field(default=0, metadata={"help": "fixes every draw"})
 
@@ -266,14 +265,16 @@ def train_policy(folder: Path, current: str, reference: str, options: LoopOption
     out = folder / "train"
     if (out / "model").exists():
         return
-    model, chat = load_policy(current, options.dtype, options.attention)
+    model, chat = load_policy(current, options.weights_dtype, options.attention)
     needs_another = options.recipe.needs_reference and reference != current
     train(
         model,
         read_rows(folder / "labels" / f"{KINDS[options.recipe.rows]}.jsonl"),
         options,
         out,
-        reference_model=partial(load_model, reference, dtype=options.dtype, attention=options.attention)
+        reference_model=partial(
+            load_model, reference, dtype=options.weights_dtype, attention=options.attention
+        )
         if needs_another
         else None,
         tokenizer=chat.tokenizer,

@@ -41,7 +41,6 @@ class Config(TrainingSettings):
     tokenizer: str | None = field(
         default=None, metadata={"help": "with the chat template; by default --model's"}
     )
-    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 to halve the memory"})
     attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_supervised(config: Config) -> str:
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     rows = [row for path in config.data for row in read_demonstrations(Path(path), tokenizer, config.limit)]
-    model = load_model(config.model, dtype=config.dtype, attention=config.attention)
+    model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
     result = train(model, rows, config, folder.path, tokenizer=tokenizer, resume=config.resume)
     folder.finish(summary(result))

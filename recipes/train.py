@@ -36,7 +36,6 @@ class Config(TrainingSettings):
     reference: str | None = field(
         default=None, metadata={"help": "reference policy; by default --model as it starts"}
     )
-    dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 to halve the memory"})
     attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
@@ -48,11 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_policy(config: Config) -> str:
     rows = read_data(config.data, config.method)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, dtype=config.dtype, attention=config.attention)
+    model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)
     load_reference = None
     if config.reference is not None:
         load_config(config.reference)  # a wrong name is told before there is a run folder
-        load_reference = partial(load_model, config.reference, dtype=config.dtype, attention=config.attention)
+        load_reference = partial(
+            load_model, config.reference, dtype=config.weights_dtype, attention=config.attention
+        )
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
     result = train(
         model,

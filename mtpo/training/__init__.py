@@ -5,6 +5,7 @@ settings.py   every knob
 run.py        train(): rows in, a model folder out
 trainer.py    the trainer, on transformers.Trainer
 adapters.py   LoRA
+precision.py  bfloat16, and float32 where it matters
 reference.py  log-probs of the reference, cached by content
 guards.py     checks that training would be silently wrong
 mismatch.py   KTO's mismatched trajectories

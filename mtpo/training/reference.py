@@ -50,10 +50,10 @@ def reference_logps(
 ) -> dict[str, Tensor]:
     """Log-probs of the action tokens of every trajectory, by content key.
 
-    What `cache` already holds for these weights is not computed again; batches are written as they come, so
-    that an interrupted pass goes on where it stopped. Several processes share the work.
+    What `cache` already holds for these weights and this autocast is not computed again; batches are written as
+    they come, so that an interrupted pass goes on where it stopped. Several processes share the work.
     """
-    name = f"{fingerprint(model)[:32]}-{str(unwrapped(model).dtype).removeprefix('torch.')}-tokens"
+    name = f"{fingerprint(model)[:32]}-{_computed_in(model)}-tokens"
     wanted = {_key(ids, mask): (ids, mask) for ids, mask in trajectories}
     num_tokens = {key: sum(mask) for key, (_, mask) in wanted.items()}
     known = _read_cache(cache, name, num_tokens, _logps_dtype(model))
@@ -99,6 +99,12 @@ def _trajectories(row: Row) -> list[Trajectory]:
 
 def _key(ids: Sequence[int], mask: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([list(ids), list(mask)]).encode()).hexdigest()[:32]
+
+
+def _computed_in(model: nn.Module) -> str:
+    dtype, device = unwrapped(model).dtype, next(model.parameters()).device.type
+    cast = f"-{torch.get_autocast_dtype(device)}" if torch.is_autocast_enabled(device) else ""
+    return f"{dtype}{cast}".replace("torch.", "")
 
 
 def _logps_dtype(model: nn.Module) -> torch.dtype:

@@ -24,6 +24,7 @@ from mtpo.training.adapters import check_merge, merged, with_adapter
 from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
 from mtpo.training.guards import EqualGradients, check_one_bos
 from mtpo.training.mismatch import with_mismatched
+from mtpo.training.precision import LostUpdates, keep_trained_weights_in_float32
 from mtpo.training.reference import add_reference_logps
 from mtpo.training.settings import TrainingSettings
 from mtpo.training.trainer import TrajectoryTrainer
@@ -96,6 +97,10 @@ def train(
     args = _arguments(settings, out)
     require_layout(model, settings.layout, args.device)
     model.to(args.device)  # pyright: ignore[reportArgumentType]
+    if settings.pure_bfloat16:
+        model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    elif settings.computes_in_bfloat16 and settings.lora_rank is None:
+        keep_trained_weights_in_float32(model)
     if settings.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
     starts_at_reference, value_network = False, None
@@ -108,10 +113,14 @@ def train(
         kept = _with_reference(kept, reference, args, progress)
         if reward is not None:
             value_network = ValueNetwork(reference).to(args.device)
+            if settings.computes_in_bfloat16:
+                keep_trained_weights_in_float32(value_network)
         del reference, reference_model
     elif reference_model is not None:
         raise InputError(f"reference_model has no effect on method {settings.method!r}")
     policy = with_adapter(model, settings)
+    if settings.computes_in_bfloat16:
+        keep_trained_weights_in_float32(policy)
 
     order = training_order([row_length(row) for row in kept], settings)
     num_steps = math.ceil(len(order) / settings.batch_size)
@@ -122,6 +131,7 @@ def train(
         MetricsFile(out / "metrics.jsonl"),
         Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
         EqualGradients(),
+        LostUpdates(settings.warmup_steps),
     ]
     trainer = TrajectoryTrainer(
         policy,
@@ -223,6 +233,7 @@ def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,  # a callback shows the progress
         remove_unused_columns=False,
+        bf16=settings.computes_in_bfloat16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -245,7 +256,8 @@ def _with_reference(
     device, cache = next(reference.parameters()).device, Path(str(args.output_dir)) / "reference"
     _disable_dropout(reference.to(args.device))  # pyright: ignore[reportArgumentType]
     size = args.per_device_train_batch_size
-    rows = add_reference_logps(rows, reference, cache, batch_size=size, progress=progress)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        rows = add_reference_logps(rows, reference, cache, batch_size=size, progress=progress)
     reference.to(device)  # pyright: ignore[reportArgumentType]
     return rows
 

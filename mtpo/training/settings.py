@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from mtpo.batches import Mask
 from mtpo.errors import InputError
 from mtpo.layouts import Layout
+from mtpo.models import DTYPES
 from mtpo.training.methods import METHODS, Method, Options
 
 Optimizer = Literal["adamw", "muon"]
@@ -103,6 +104,16 @@ class TrainingSettings:
         default=None,
         metadata={"help": "longer rows are dropped; by default those beyond the model's context"},
     )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "float32, or bfloat16 to compute in; what is trained is kept in float32 all the same"
+        },
+    )
+    pure_bfloat16: bool = field(
+        default=False,
+        metadata={"help": "keep what is trained in bfloat16: half the memory, but small steps are lost"},
+    )
     lora_rank: int | None = field(
         default=None, metadata={"help": "train a LoRA adapter of this rank; by default the whole model"}
     )
@@ -134,6 +145,7 @@ class TrainingSettings:
             ("optimizer", get_args(Optimizer)),
             ("lr_schedule", get_args(Schedule)),
             ("layout", get_args(Layout)),
+            ("dtype", tuple(DTYPES)),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
@@ -165,6 +177,8 @@ class TrainingSettings:
         for name in ("learning_rate", "max_grad_norm", "value_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.pure_bfloat16 and self.dtype != "bfloat16":
+            raise InputError(f"pure_bfloat16 has no effect with dtype {self.dtype}")
         if not 0 <= self.final_lr_ratio <= 1:
             raise InputError(f"final_lr_ratio is {self.final_lr_ratio}, expected 0 to 1")
         for name in ("adam_beta1", "adam_beta2"):
@@ -200,6 +214,17 @@ class TrainingSettings:
     @property
     def recipe(self) -> Method:
         return METHODS[self.method]
+
+    @property
+    def computes_in_bfloat16(self) -> bool:
+        """By autocast, on weights of which those that are trained are float32."""
+        return self.dtype == "bfloat16" and not self.pure_bfloat16
+
+    @property
+    def weights_dtype(self) -> str:
+        """What to load the policy and its reference in: bfloat16 only where nothing is trained on it, or if asked."""
+        is_trained = self.lora_rank is None
+        return "float32" if self.computes_in_bfloat16 and is_trained else self.dtype
 
     @property
     def options(self) -> Options:

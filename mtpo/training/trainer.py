@@ -208,7 +208,8 @@ class TrajectoryTrainer(Trainer):
         return kto_baseline(torch.cat(rho))
 
     def _check_zero_margin(self, scores: Scores, batch: Batch) -> None:
-        tolerance = ZERO_MARGIN[unwrapped(self.model).dtype] * scores.mask.sum(-1) + 1e-4  # pyright: ignore
+        dtype = torch.bfloat16 if self.args.bf16 else unwrapped(self.model).dtype  # pyright: ignore
+        tolerance = ZERO_MARGIN[dtype] * scores.mask.sum(-1) + 1e-4
         worst = (scores.rho.abs() - tolerance).argmax()
         if scores.rho[worst].abs() > tolerance[worst]:
             raise GuardError(
