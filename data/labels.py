@@ -146,17 +146,7 @@ def make_pairs(
         for index in rng.sample(range(num_pairs), min(k, num_pairs)):
             chosen = found.correct[index // len(found.wrong)]
             rejected = found.wrong[index % len(found.wrong)]
-            rows.append(
-                {
-                    "problem_id": found.problem_id,
-                    "chosen_sample": chosen.sample,
-                    "rejected_sample": rejected.sample,
-                    "chosen_input_ids": list(chosen.input_ids),
-                    "chosen_completion_mask": list(chosen.completion_mask),
-                    "rejected_input_ids": list(rejected.input_ids),
-                    "rejected_completion_mask": list(rejected.completion_mask),
-                }
-            )
+            rows.append(pair_row(found.problem_id, chosen, rejected))
     counts.num_rows = len(rows)
     return rows, counts
 
@@ -218,14 +208,8 @@ def fate_of(
     trajectory: Trajectory, grade: Grade, *, max_tokens: int | None = None, drop_ignored_errors: bool = True
 ) -> Fate:
     """What one trajectory is good for, duplicates aside."""
-    if trajectory.stop_reason == StopReason.ENVIRONMENT_FAULT:
-        return Fate.FAULT
-    if trajectory.stop_reason.is_truncated:
-        return Fate.TRUNCATED
-    if not trajectory.num_action_tokens:
-        return Fate.NO_ACTION
-    if trajectory.is_from_text:
-        return Fate.FROM_TEXT
+    if (reason := why_unusable(trajectory)) is not None:
+        return reason
     gave_no_answer = trajectory.stop_reason == StopReason.NO_CODE
     if grade.verdict == "ungraded" and not gave_no_answer:
         return Fate.UNGRADED
@@ -237,6 +221,30 @@ def fate_of(
     if drop_ignored_errors and executions and executions[-1].is_error:
         return Fate.IGNORED_ERROR
     return Fate.CORRECT
+
+
+def why_unusable(trajectory: Trajectory) -> Fate | None:
+    """Why no label may be given to a trajectory, whatever a judge or grader says of it; None if one may."""
+    if trajectory.stop_reason == StopReason.ENVIRONMENT_FAULT:
+        return Fate.FAULT
+    if trajectory.stop_reason.is_truncated:
+        return Fate.TRUNCATED
+    if not trajectory.num_action_tokens:
+        return Fate.NO_ACTION
+    return Fate.FROM_TEXT if trajectory.is_from_text else None
+
+
+def pair_row(problem_id: str, chosen: Trajectory | _Attempt, rejected: Trajectory | _Attempt) -> Row:
+    """A training row of two trajectories, see `mtpo.batches`."""
+    row: Row = {
+        "problem_id": problem_id,
+        "chosen_sample": chosen.sample,
+        "rejected_sample": rejected.sample,
+    }
+    for side, own in (("chosen", chosen), ("rejected", rejected)):
+        row[f"{side}_input_ids"] = list(own.input_ids)
+        row[f"{side}_completion_mask"] = list(own.completion_mask)
+    return row
 
 
 def _candidates(
