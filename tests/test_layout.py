@@ -66,8 +66,8 @@ def test_no_room_imports_vllm_ray_or_peft() -> None:
         functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         module_level.body = [n for n in module_level.body if not isinstance(n, functions)]
         assert not optional & imported_packages(ast.unparse(module_level)), path
-    # transformers.Trainer, behind mtpo.training, loads peft itself where it is installed.
-    light = [m for m in MODULES if not m.startswith(("recipes.", "mtpo.training"))]
+    # The trainers of transformers and TRL load peft themselves where it is installed.
+    light = [m for m in MODULES if not m.startswith(("recipes.", "mtpo.training", "mtpo.integrations"))]
     assert not optional & modules_loaded_by("import " + ", ".join(light))
 
 
