@@ -109,18 +109,24 @@ def exact_attention(config: Any) -> str:
     return "eager" if _softcap(config) else "sdpa"
 
 
-def require_exact_attention(model: nn.Module) -> None:
-    """
-    Raises:
-        GuardError: the config asks for a soft-cap that the loaded attention implementation drops.
-    """
-    config = unwrapped(model).config
+def attention_refusal(config: Any) -> str | None:
+    """Why a model that was loaded with this config would not attend as it was trained to; None if it does."""
     implementation = config.get_text_config()._attn_implementation
     if _softcap(config) and not _applies_softcap(implementation):
-        raise GuardError(
+        return (
             f"attention implementation {implementation!r} drops the soft-cap of {_softcap(config)} that this "
             f"{config.model_type} model was trained with: load it with 'eager' or 'flex_attention'"
         )
+    return None
+
+
+def require_exact_attention(model: nn.Module) -> None:
+    """
+    Raises:
+        GuardError: `attention_refusal` has a reason.
+    """
+    if reason := attention_refusal(unwrapped(model).config):
+        raise GuardError(reason)
 
 
 def unwrapped(model: nn.Module) -> Any:

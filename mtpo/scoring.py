@@ -1,7 +1,7 @@
 """Log-probs of a batch in any layout: the masks that keep its trajectories apart, and who takes them.
 
 Every layout but the padded one passes the model masks of its own, so that no default of transformers decides what a
-token sees. Only flash attention has none: it finds the sequences of a row where positions begin again.
+token sees. Flash attention has none: it is told where the sequences of a row begin.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from mtpo.engines.attention import attention_windows
 from mtpo.errors import InputError
 from mtpo.layouts import Layout
 from mtpo.logprobs import Actions, logps_of, read_out
-from mtpo.models import unwrapped
+from mtpo.models import attention_refusal, unwrapped
 
 MASKED_FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Model types whose layers see nothing of other tokens but through an attention mask that one may pass them."""
+
+FLASH = "flash_attention"
+"""How the names of implementations begin that take the bounds of sequences instead of a mask."""
 
 MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
@@ -40,12 +43,15 @@ def batch_actions(batch: dict[str, Tensor], prefix: str = "") -> Actions:
 
 
 def batch_inputs(model: nn.Module, batch: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:
-    """What the model reads of a collated batch: `input_ids`, `attention_mask`, and `position_ids` if need be."""
+    """What the model reads of a collated batch, by the names of its backbone's parameters."""
     if f"{prefix}places" not in batch:
         return {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask")}
-    positions = batch[f"{prefix}positions"]
-    mask = _attention(model, positions, batch[f"{prefix}documents"], batch[f"{prefix}branches"])
-    return {"input_ids": batch[f"{prefix}row_ids"], "position_ids": positions, "attention_mask": mask}
+    names = ("row_ids", "positions", "documents", "branches")
+    ids, positions, documents, branches = (batch[f"{prefix}{name}"] for name in names)
+    if unwrapped(model).config.get_text_config()._attn_implementation.startswith(FLASH):
+        return _flash_inputs(ids, positions)
+    mask = _attention_mask(model, positions, documents, branches)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
 
 
 def layout_refusal(
@@ -58,13 +64,15 @@ def layout_refusal(
     """
     config = config.get_text_config()
     attention = config._attn_implementation
+    if reason := attention_refusal(config):
+        return reason
     if attention == "flex_attention" and device == "cpu" and with_gradient:
         return "flex_attention has no backward pass on a CPU"
     if layout == "padded":
         return None
     if config.model_type not in MASKED_FAMILIES:
         return f"{config.model_type} models are not known to keep the trajectories of a row apart"
-    if attention.startswith("flash_attention"):
+    if attention.startswith(FLASH):
         return None if layout == "packed" else f"{attention} takes no mask that has branches"
     if attention not in MASKED_ATTENTION:
         return f"attention implementation {attention!r} is not known to take a mask of our own"
@@ -84,18 +92,32 @@ def require_layout(model: nn.Module, layout: Layout, device: torch.device) -> No
         raise InputError(f"layout {layout!r}: {reason}")
 
 
-def _attention(model: nn.Module, positions: Tensor, documents: Tensor, branches: Tensor) -> Any:
-    """What the backbone takes as `attention_mask`, by the type of a layer where it has several.
+def _flash_inputs(row_ids: Tensor, positions: Tensor) -> dict[str, Any]:
+    """All rows as one, and where its sequences begin: flash attention takes these instead of a mask.
 
-    None for flash attention, which finds the sequences of a row where positions begin again.
+    Without them transformers would look for restarting positions, but only if there is one row, and else would let
+    each trajectory see those before it.
     """
+    positions = positions.reshape(1, -1)  # (1, R L)
+    end = torch.tensor([positions.numel()], device=positions.device)
+    bounds = torch.cat([(positions[0] == 0).nonzero().flatten(), end]).to(torch.int32)
+    longest = int(positions.max()) + 1
+    return {
+        "input_ids": row_ids.reshape(1, -1),
+        "position_ids": positions,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _attention_mask(model: nn.Module, positions: Tensor, documents: Tensor, branches: Tensor) -> Any:
+    """What the backbone takes as `attention_mask`: a mask, or one for each type of its layers."""
     inner = unwrapped(model)
     config = inner.config.get_text_config()
-    implementation = config._attn_implementation
-    if implementation.startswith("flash_attention"):
-        return None
     masks = {
-        kind: _mask(implementation, positions, documents, branches, window, inner.dtype)
+        kind: _mask(config._attn_implementation, positions, documents, branches, window, inner.dtype)
         for kind, window in attention_windows(config).items()
     }
     return masks if getattr(config, "layer_types", None) else masks["full_attention"]

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, MambaConfig
 
-from mtpo import scoring
 from mtpo.batches import PairCollator, Row
 from mtpo.errors import InputError
 from mtpo.layouts import Layout, arranged
-from mtpo.scoring import batch_actions, batch_inputs, batch_logps, layout_refusal
+from mtpo.scoring import batch_actions, batch_logps, layout_refusal
 from mtpo.training import TrainingSettings, train
 from tests.tiny_models import FAMILIES, Family, tiny_config, tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs
@@ -118,17 +119,42 @@ def test_layouts_change_neither_log_probs_nor_gradients(
     assert_same(value_and_gradient(model, layout), tuple(expected))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
-def test_positions_alone_keep_packed_trajectories_apart(
-    family: Family, padded: Any, monkeypatch: Any
-) -> None:
-    """Flash attention gets no mask; transformers finds the sequences of a row, its padding among them, as it does."""
-    model, *expected = padded(family, "eager")
-    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
-    inputs = batch_inputs(model, PairCollator(0, "packed")(PAIRS))
-    assert inputs["attention_mask"] is None and (inputs["position_ids"] == 0).sum() >= 6
-    monkeypatch.undo()
-    monkeypatch.setattr(scoring, "_attention", lambda *_: None)
+def by_bounds(
+    module: Any,
+    query: Tensor,  # (1, heads, T, D)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention with the interface of flash attention's: sequence by sequence, between the bounds that it is given."""
+    bounds, groups = cu_seq_lens_q.tolist(), module.num_key_value_groups
+    assert attention_mask is None and bounds == cu_seq_lens_k.tolist() and bounds[-1] == query.shape[2]
+    lengths = [end - start for start, end in pairwise(bounds)]
+    assert max(lengths) == max_length_q == max_length_k
+    found = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        past = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        hidden = (past < 0) | (past >= (sliding_window or len(past)))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        found.append((weights @ v.repeat_interleave(groups, 1)).transpose(1, 2))
+    return torch.cat(found, 1), None
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3", "mistral"])
+def test_flash_attention_is_told_where_packed_trajectories_begin(family: Family, padded: Any) -> None:
+    AttentionInterface.register("flash_attention_by_bounds", by_bounds)
+    model, (_, *expected) = tiny_model(family, std=0.3), padded(family, "eager")
+    model.config._attn_implementation_internal = "flash_attention_by_bounds"
     assert_same(value_and_gradient(model, "packed"), tuple(expected))
 
 
@@ -178,6 +204,7 @@ def test_training_goes_the_same_way_in_every_layout(method: str, tmp_path: Path)
 
 
 REFUSED: list[tuple[str, str, Layout, str, str]] = [
+    ("gemma2", "sdpa", "padded", "cuda", "drops the soft-cap of 50"),
     ("gemma2", "flex_attention", "padded", "cpu", "no backward pass on a CPU"),
     ("gemma3", "flash_attention_2", "tree", "cuda", "no mask that has branches"),
     ("gemma3", "paged|sdpa", "packed", "cuda", "'paged|sdpa' is not known"),
@@ -187,11 +214,10 @@ REFUSED: list[tuple[str, str, Layout, str, str]] = [
 
 @pytest.mark.parametrize(("family", "attention", "layout", "device", "reason"), REFUSED)
 def test_what_cannot_be_exact_is_refused(
-    family: Family, attention: str, layout: Layout, device: str, reason: str
+    family: Any, attention: str, layout: Layout, device: str, reason: str
 ) -> None:
-    config = tiny_config("llama" if family == "mamba" else family)
+    config = MambaConfig() if family == "mamba" else tiny_config(family)
     config._attn_implementation_internal = attention  # as of a model that was loaded with it
-    config.model_type = "mamba" if family == "mamba" else config.model_type
     assert reason in str(layout_refusal(config, layout, device=device))
     if attention == "flex_attention":
         assert layout_refusal(config, layout, device="cuda") is None
