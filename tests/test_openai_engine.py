@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,73 +34,13 @@ from tests.engine_conformance import (
     every_promise,
     stress_model,
 )
+from tests.fake_server import Answer, FakeServer
 from tests.tiny_tokenizers import make_tokenizer
 
-Answer = tuple[int, Any]
 STOPPED = Generation((7, 8, 1), (-0.5, -0.25, -0.125), "stop")
 SAMPLING = Sampling(16, (1,))
 START_S = 600.0
 """For what must happen at some time: a server of vLLM may take minutes to start."""
-
-
-class FakeServer:
-    """Answers `/v1/completions` with what `answer` makes of the request, in a thread a request.
-
-    When it stops, what it is working on gets no answer. Its address stays its own, so that it can come back.
-    """
-
-    def __init__(
-        self, answer: Callable[[dict[str, Any]], Answer], *, model: str = "policy", **card: Any
-    ) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.answer = answer
-        self.card = {"id": model, "max_model_len": 512, **card}
-        self._port = 0
-        self.start()
-        self.url = f"http://127.0.0.1:{self._port}"
-
-    def start(self) -> None:
-        handler = type("Handler", (_Handler,), {"fake": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
-        self._http.block_on_close = False
-        self.is_up = True
-        self._port = self._http.server_address[1]
-        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def stop(self) -> None:
-        self.is_up = False
-        self._http.shutdown()
-        self._http.server_close()
-
-    @property
-    def prompts(self) -> list[Any]:
-        return [request["prompt"] for request in self.requests]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    fake: FakeServer
-
-    def do_GET(self) -> None:
-        assert self.path == "/v1/models"
-        self._reply(200, {"data": [self.fake.card]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/completions"
-        self.fake.requests.append(body)
-        status, content = self.fake.answer(body)
-        if self.fake.is_up:
-            self._reply(status, content)
-
-    def _reply(self, status: int, content: Any) -> None:
-        payload = json.dumps(content).encode()
-        with contextlib.suppress(ConnectionError):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(payload)))
-            self.end_headers()
-            self.wfile.write(payload)
-
-    def log_message(self, *_: Any) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def completion(found: Generation, body: dict[str, Any], **changes: Any) -> Answer:
@@ -193,12 +131,12 @@ async def test_a_replica_that_dies_loses_nothing_and_is_used_again_when_it_is_ba
         await asyncio.sleep(0.02)
         first.stop()
         assert [g.ids for g in await asyncio.gather(*calls)] == [STOPPED.ids] * 30
-        assert engine._usable == {1}
+        assert engine._servers.usable == {1}
         later = await complete(engine, [[2, 5, i] for i in range(40, 50)], SAMPLING, "later")
         assert len(later) == 10 and all([2, 5, i] in second.prompts for i in range(40, 50))
         num_before = len(first.requests)
         first.start()
-        await eventually(lambda: len(engine._usable) == 2)
+        await eventually(lambda: len(engine._servers.usable) == 2)
         await complete(engine, PROMPTS, SAMPLING, "last")
         assert len(first.requests) > num_before
         await engine.aclose()
@@ -268,7 +206,7 @@ async def test_a_replica_that_starts_late_joins() -> None:
         engine = engine_for(first, second)
         await engine.generate([2, 5], SAMPLING)
         first.start()
-        await eventually(lambda: len(engine._usable) == 2)
+        await eventually(lambda: len(engine._servers.usable) == 2)
         await engine.generate([2, 5], SAMPLING)
         assert len(first.requests) == 1
         await engine.aclose()
@@ -482,9 +420,9 @@ async def test_a_killed_vllm_server_loses_nothing_and_is_used_again_when_it_is_b
     killed.kill()
     assert not calls.done()
     assert [g.ids for g in await calls] == [g.ids for g in undisturbed]
-    assert engine._usable == {1}
+    assert engine._servers.usable == {1}
     killed.start()
-    await eventually(lambda: len(engine._usable) == 2)
+    await eventually(lambda: len(engine._servers.usable) == 2)
     await complete(engine, prompts, GREEDY, "last")
     assert killed.metric("request_success_total") == 15
     await engine.aclose()

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import random
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import httpx2
 
 from mtpo.engines.checks import checked_generation, tokens_to_sample
-from mtpo.engines.routing import Router
+from mtpo.engines.servers import Servers, check_ready, reason_of
 from mtpo.errors import EngineError, InputError
 from mtpo.rollout import Generation, Sampling
-
-logger = logging.getLogger(__name__)
-
-CONNECT_TIMEOUT_S = 10.0
-KEEP_ALIVE_S = 2.0
-"""vLLM closes an idle connection after 5 s; a request that is sent at that moment is lost."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
-BUSY = (408, 425, 429)
-"""Status codes that, like 5xx, speak of the server and not of the request."""
 
 
 class OpenAIEngine:
@@ -65,30 +53,19 @@ class OpenAIEngine:
         timeout_s: float = 600.0,
         patience_s: float = 300.0,
     ) -> None:
-        if not urls:
-            raise InputError("an engine needs the URL of at least one server")
-        self._urls = [_base_url(url) for url in urls]
         self._model = model
         self._tokenizer = text_tokenizer
         self._takes_ids: bool | None = None  # a server of text alone may take no ids either
-        self._patience_s = patience_s
-        self._options: dict[str, Any] = {
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
-            "timeout": httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
-            "trust_env": False,  # a proxy to the internet is no way to a machine of one's own
-        }
-        contexts = self._wait_for_servers()
-        known = [found for found in contexts.values() if found is not None]
+        self._servers = Servers(
+            urls, partial(_context, model=model), api_key=api_key, timeout_s=timeout_s, patience_s=patience_s
+        )
+        known = [found for found in self._servers.wait() if found is not None]
         if max_context is None and not known:
-            raise InputError(f"{self._urls[0]} does not say how long its context is: give max_context")
+            raise InputError(
+                f"{self._servers.urls[0]} does not say how long its context is: give max_context"
+            )
         self.max_context: int = min([*known, *([max_context] if max_context else [])])
         self.fingerprint = fingerprint or f"served as {model}"
-        self._router = Router(len(urls))
-        self._usable = set(contexts)
-        self._revivals: dict[int, asyncio.Task[None]] = {}
-        self._http = httpx2.AsyncClient(
-            limits=httpx2.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S), **self._options
-        )
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, *, session: str = ""
@@ -107,18 +84,19 @@ class OpenAIEngine:
             sends_ids = False
             response = await self._ask(self._body(prompt, sampling, num_asked, sends_ids), session)
         if not response.is_success:
-            raise InputError(f"{response.url} refuses: {_reason(response)}")
+            raise InputError(f"{response.url} refuses: {reason_of(response)}")
         self._takes_ids = sends_ids
         return self._generation(response, prompt, sampling, num_asked)
 
     def release(self, session: str) -> None:
-        self._router.release(session)
+        self._servers.release(session)
 
     async def aclose(self) -> None:
-        for revival in self._revivals.values():
-            revival.cancel()
-        await asyncio.gather(*self._revivals.values(), return_exceptions=True)
-        await self._http.aclose()
+        await self._servers.aclose()
+
+    async def _ask(self, body: dict[str, Any], session: str) -> httpx2.Response:
+        """The first answer that is no fault of a server: a success, or a refusal."""
+        return await self._servers.post("/v1/completions", body, lambda response: response, session=session)
 
     # -- what is said ----------------------------------------------------------------------------------------
 
@@ -180,97 +158,6 @@ class OpenAIEngine:
         reason = "stop" if finish_reason == "stop" else "length"
         return Generation(ids, None, reason, is_from_text=True)
 
-    # -- who is asked ----------------------------------------------------------------------------------------
-
-    async def _ask(self, body: dict[str, Any], session: str) -> httpx2.Response:
-        """The first answer that is no fault of a server: a success, or a refusal."""
-        give_up_at, pause_s = None, FIRST_PAUSE_S
-        failed: set[int] = set()
-        reason = "none can be reached"
-        while give_up_at is None or time.monotonic() < give_up_at:
-            self._start_revivals()
-            if candidates := self._usable - failed:
-                with self._router.route(session, candidates) as replica:
-                    try:
-                        return await self._attempt(replica, body)
-                    except _ServerFault as fault:
-                        reason = str(fault)
-                        failed.add(replica)
-                        give_up_at = give_up_at or time.monotonic() + self._patience_s
-            else:
-                give_up_at = give_up_at or time.monotonic() + self._patience_s
-                failed.clear()
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # so that requests come back apart
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        raise EngineError(f"no server gave an answer for {self._patience_s:g} s: {reason}")
-
-    async def _attempt(self, replica: int, body: dict[str, Any]) -> httpx2.Response:
-        url = self._urls[replica]
-        try:
-            response = await self._http.post(f"{url}/v1/completions", json=body)
-        except httpx2.TransportError as error:
-            if replica in self._usable:
-                logger.warning("%s: no requests go there until it answers again", _describe(url, error))
-                self._usable.discard(replica)
-            raise _ServerFault(_describe(url, error)) from error
-        if response.status_code >= 500 or response.status_code in BUSY:
-            raise _ServerFault(f"{url} answers {response.status_code}: {_reason(response)}")
-        return response
-
-    def _start_revivals(self) -> None:
-        for replica in set(range(len(self._urls))) - self._usable - self._revivals.keys():
-            self._revivals[replica] = asyncio.create_task(self._revive(replica))
-
-    async def _revive(self, replica: int) -> None:
-        """Probe a replica until it answers."""
-        url, pause_s = self._urls[replica], FIRST_PAUSE_S
-        while replica not in self._usable:
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            try:
-                _context(await self._http.get(f"{url}/v1/models", timeout=CONNECT_TIMEOUT_S), self._model)
-            except (httpx2.TransportError, EngineError, InputError) as error:
-                logger.debug("not back: %s", _describe(url, error))
-            else:
-                logger.warning("%s is back", url)
-                self._usable.add(replica)
-        del self._revivals[replica]
-
-    def _wait_for_servers(self) -> dict[int, int | None]:
-        """The context lengths of the replicas that answer, as soon as one does: a server starts slowly."""
-        give_up_at, pause_s = time.monotonic() + self._patience_s, FIRST_PAUSE_S
-        with httpx2.Client(**self._options) as http:
-            while True:
-                found: dict[int, int | None] = {}
-                reason = ""
-                for replica, url in enumerate(self._urls):
-                    try:
-                        response = http.get(f"{url}/v1/models", timeout=CONNECT_TIMEOUT_S)
-                        found[replica] = _context(response, self._model)
-                    except (httpx2.TransportError, EngineError) as error:
-                        reason = _describe(url, error)
-                if found:
-                    return found
-                if time.monotonic() + pause_s > give_up_at:
-                    raise InputError(f"no server answers for {self._patience_s:g} s: {reason}")
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-
-class _ServerFault(Exception):
-    """One attempt failed for a reason that is not the request's."""
-
-
-def _base_url(url: str) -> str:
-    """The URL without a slash, and without the /v1 that other clients want at its end."""
-    try:
-        address = httpx2.URL(url)
-    except httpx2.InvalidURL as error:
-        raise InputError(f"{url!r} is no URL of a server: {error}") from None
-    if address.scheme not in ("http", "https") or not address.host:
-        raise InputError(f"{url!r} is no URL of a server: expected http://HOST:PORT")
-    return url.rstrip("/").removesuffix("/v1")
-
 
 def _context(response: httpx2.Response, model: str) -> int | None:
     """The context length that a server's list of models says, if it says one.
@@ -279,29 +166,13 @@ def _context(response: httpx2.Response, model: str) -> int | None:
         EngineError: the server is not ready.
         InputError: it does not serve the model, or is no such server.
     """
-    if response.status_code >= 500 or response.status_code in BUSY:
-        raise EngineError(f"{response.url} answers {response.status_code}: {_reason(response)}")
+    check_ready(response)
     try:
         served = {card["id"]: card for card in response.json()["data"]}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{response.url} answers {response.status_code}, not a list of models: {_reason(response)}"
+            f"{response.url} answers {response.status_code}, not a list of models: {reason_of(response)}"
         ) from error
     if model not in served:
         raise InputError(f"{response.url} serves {', '.join(sorted(served))}, not {model}")
     return served[model].get("max_model_len")
-
-
-def _reason(response: httpx2.Response) -> str:
-    """What the server says, in one line."""
-    try:
-        content = response.json()
-        error = content.get("error", content)
-        text = str(error.get("message", error))
-    except (ValueError, AttributeError):
-        text = response.text
-    return " ".join(text.split())[:300] or response.reason_phrase
-
-
-def _describe(url: str, error: Exception) -> str:
-    return f"{url}: {str(error) or type(error).__name__}"
