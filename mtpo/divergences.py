@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mtpo.errors import InputError
-from mtpo.logprobs import Actions, head_logits, logps_after, over_tiles, read_out
+from mtpo.logprobs import head_logits, logps_of, over_tiles, read_out
 from mtpo.losses.distributions import Divergence, log_probs
-from mtpo.models import unwrapped
+from mtpo.scoring import batch_actions, batch_inputs
+from mtpo.vocabularies import require_one_vocabulary
 
 MAX_TILE = 1 << 24
 """Logits of each model that exist at once: 64 MiB in float32; the backward pass holds about ten such tiles."""
@@ -28,31 +30,30 @@ KL_FROM_REFERENCE = Divergence("forward_kl")
 """KL(other || model), as PMPO's KL(reference || policy) on samples of the reference."""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a model in training is compared with, and how."""
+
+    other: nn.Module | None
+    """The teacher, or the reference; None for the model itself without its PEFT adapter."""
+    divergence: Divergence
+
+
 class Scored(NamedTuple):
     """What one forward pass says of the action tokens; both are 0 elsewhere."""
 
     logps: Tensor
-    """(B, T), as `mtpo.logprobs.action_logps` has them."""
+    """(N, T), as `mtpo.scoring.batch_logps` has them."""
     divergences: Tensor
-    """(B, T), in nats; entry t is between the distributions that token t was drawn from."""
+    """(N, T), in nats; entry t is between the distributions that token t was drawn from."""
 
 
-def logps_and_divergences(
-    model: nn.Module,
-    other: nn.Module | None,
-    input_ids: Tensor,
-    completion_mask: Tensor,
-    divergence: Divergence,
-    *,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> Scored:
+def logps_and_divergences(model: nn.Module, batch: dict[str, Tensor], comparison: Comparison) -> Scored:
     """log p of the action tokens, and a divergence over the whole vocabulary at each, in one pass of either model.
 
     Args:
         model: the student, or the policy: a causal LM, bare or wrapped; both results carry its gradient.
-        other: the teacher, or the reference; None for `model` without its PEFT adapter.
-        input_ids, completion_mask, attention_mask, position_ids: as for `action_logps`.
+        batch: of a collator, in any layout: `input_ids`, `completion_mask` and `attention_mask`, (N, T), at least.
 
     Returns:
         float32, float64 for a float64 model.
@@ -61,30 +62,29 @@ def logps_and_divergences(
         InputError: as `action_logps`; the models' vocabularies differ in size; or there is neither another model
             nor an adapter.
     """
-    actions = Actions(input_ids, completion_mask)
-    inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
-    with _as_other(model, other) as reference, torch.no_grad():
-        _check_vocabularies(model, reference)
-        theirs = read_out(reference, lambda _, hidden: actions.states(hidden), input_ids, **inputs)  # (N, H')
+    actions, divergence = batch_actions(batch), comparison.divergence
+    with _other(model, comparison) as other, torch.no_grad():
+        require_one_vocabulary({"model": model, "other model": other}, purpose="a divergence")
+        theirs = read_out(other, lambda _, hidden: actions.states(hidden), **batch_inputs(other, batch))
 
     def value(logits: Tensor, tile: slice) -> Tensor:
-        with _as_other(model, other) as reference, torch.no_grad():
-            target = log_probs(head_logits(reference, theirs[tile]), divergence.temperature)
+        with _other(model, comparison) as other, torch.no_grad():
+            target = log_probs(head_logits(other, theirs[tile]), divergence.temperature)
         return divergence.between(log_probs(logits, divergence.temperature), target)
 
     def readout(inner: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        states = actions.states(hidden)  # (N, H)
-        logps = logps_after(inner, states, actions.targets)
-        return actions.placed(logps), actions.placed(over_tiles(inner, states, value, max_tile=MAX_TILE))
+        states = actions.states(hidden)
+        divergences = over_tiles(inner, states, value, max_tile=MAX_TILE)
+        return logps_of(actions)(inner, hidden), actions.placed(divergences)
 
-    return Scored(*read_out(model, readout, input_ids, **inputs))
+    return Scored(*read_out(model, readout, **batch_inputs(model, batch)))
 
 
 @contextlib.contextmanager
-def _as_other(model: nn.Module, other: nn.Module | None) -> Iterator[nn.Module]:
+def _other(model: nn.Module, comparison: Comparison) -> Iterator[nn.Module]:
     """The other model; without one, the model itself, its adapter switched off meanwhile."""
-    if other is not None:
-        yield other
+    if comparison.other is not None:
+        yield comparison.other
         return
     adapted: Any = model
     while not hasattr(adapted, "disable_adapter"):
@@ -93,11 +93,3 @@ def _as_other(model: nn.Module, other: nn.Module | None) -> Iterator[nn.Module]:
             raise InputError("there is no other model, and the model has no adapter to leave out")
     with adapted.disable_adapter():
         yield model
-
-
-def _check_vocabularies(model: nn.Module, other: nn.Module) -> None:
-    sizes = [unwrapped(m).config.get_text_config().vocab_size for m in (model, other)]
-    if sizes[0] != sizes[1]:
-        raise InputError(
-            f"the models predict {sizes[0]} and {sizes[1]} tokens: a divergence needs one vocabulary"
-        )

@@ -13,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from mtpo import divergences
-from mtpo.divergences import KL_FROM_POLICY, KL_FROM_REFERENCE, logps_and_divergences
+from mtpo.batches import SingleCollator
+from mtpo.divergences import KL_FROM_POLICY, KL_FROM_REFERENCE, Comparison, logps_and_divergences
 from mtpo.errors import InputError
 from mtpo.logprobs import action_logps
 from mtpo.losses import Divergence
 from tests.process_pair import leave_together
 from tests.tiny_models import tiny_model
+from tests.tiny_rows import tiny_singles
 
 EVERY = [
     Divergence("ce"),
@@ -102,7 +104,7 @@ def test_equals_all_logits_in_value_and_gradient(
     if saturate:
         ours, theirs = saturated(ours), saturated(theirs)
     expected = naive(ours, theirs, rows, divergence)
-    actual = logps_and_divergences(ours, theirs, divergence=divergence, **rows)
+    actual = logps_and_divergences(ours, rows, Comparison(theirs, divergence))
     assert actual.divergences.dtype == torch.float64 and expected.abs().max() > 0.1
     torch.testing.assert_close(actual.divergences, expected, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(actual.logps, action_logps(ours, **rows), rtol=0, atol=1e-12)
@@ -113,7 +115,7 @@ def test_equals_all_logits_in_value_and_gradient(
 def test_both_results_of_one_pass_carry_their_gradients() -> None:
     ours, theirs, rows = student(), teacher(), batch()
     apart = action_logps(ours, **rows) + 2 * naive(ours, theirs, rows, KL_FROM_REFERENCE)
-    scored = logps_and_divergences(ours, theirs, divergence=KL_FROM_REFERENCE, **rows)
+    scored = logps_and_divergences(ours, rows, Comparison(theirs, KL_FROM_REFERENCE))
     joint = scored.logps + 2 * scored.divergences
     # two passes round twice in Gemma's norms, which are float32 whatever the model is
     assert_same(gradients(ours, joint), gradients(ours, apart), rtol=1e-5, atol=1e-5)
@@ -131,14 +133,14 @@ def test_the_two_kls_by_hand() -> None:
     reference_first = 0.5 * math.log(0.5 * VOCAB) + 0.5 * math.log(0.5 / (VOCAB - 1) * VOCAB)
     policy_first = (math.log(2 / VOCAB) + (VOCAB - 1) * math.log(2 * (VOCAB - 1) / VOCAB)) / VOCAB
     for divergence, expected in ((KL_FROM_REFERENCE, reference_first), (KL_FROM_POLICY, policy_first)):
-        found = logps_and_divergences(uniform, peaked, divergence=divergence, **batch()).divergences
+        found = logps_and_divergences(uniform, batch(), Comparison(peaked, divergence)).divergences
         on = batch()["completion_mask"].bool()
         assert found[on].tolist() == pytest.approx([expected] * int(on.sum()), rel=1e-5)
 
 
 def test_off_the_mask_is_zero() -> None:
     rows = batch()
-    found = logps_and_divergences(student(), teacher(), divergence=Divergence("ce"), **rows)
+    found = logps_and_divergences(student(), rows, Comparison(teacher(), Divergence("ce")))
     off = rows["completion_mask"] == 0
     assert (found.divergences[off] == 0).all() and (found.divergences[~off] > 0).all()
 
@@ -146,7 +148,7 @@ def test_off_the_mask_is_zero() -> None:
 def test_float32_is_close_to_float64() -> None:
     divergence, rows = Divergence("jsd"), batch()
     single = student(dtype=torch.float32), teacher(dtype=torch.float32)
-    actual = logps_and_divergences(*single, divergence=divergence, **rows).divergences
+    actual = logps_and_divergences(single[0], rows, Comparison(single[1], divergence)).divergences
     assert actual.dtype == torch.float32
     double = naive(single[0].double(), single[1].double(), rows, divergence)
     torch.testing.assert_close(actual.double(), double, rtol=1e-4, atol=1e-5)
@@ -178,7 +180,7 @@ def test_no_tensor_has_a_number_for_every_token_of_the_vocabulary_at_every_posit
         peft = pytest.importorskip("peft")
         ours = peft.get_peft_model(ours, peft.LoraConfig(r=2, target_modules=["lm_head"]))
     with LargestTensor() as largest:
-        scored = logps_and_divergences(ours, theirs, divergence=Divergence("jsd"), **rows)
+        scored = logps_and_divergences(ours, rows, Comparison(theirs, Divergence("jsd")))
         (scored.logps + scored.divergences).sum().backward()
     weights = 16 * vocab  # the teacher's head, which exists anyway
     assert largest.numel == weights < int(rows["completion_mask"].sum()) * vocab
@@ -197,23 +199,38 @@ def test_without_another_model_it_is_the_one_without_its_adapter(targets: list[s
     bare = student(tie_word_embeddings=False)  # the same weights
     model, rows = peft.get_peft_model(base, config).double(), batch()
     expected = naive(model, bare, rows, KL_FROM_REFERENCE)
-    actual = logps_and_divergences(model, None, divergence=KL_FROM_REFERENCE, **rows).divergences
+    actual = logps_and_divergences(model, rows, Comparison(None, KL_FROM_REFERENCE)).divergences
     assert expected.max() > 0.01
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
     of_expected = gradients(model, expected)
     assert all("lora" in name for name in of_expected)
-    actual = logps_and_divergences(model, None, divergence=KL_FROM_REFERENCE, **rows).divergences
+    actual = logps_and_divergences(model, rows, Comparison(None, KL_FROM_REFERENCE)).divergences
     assert_same(gradients(model, actual), of_expected, rtol=1e-8, atol=1e-11)
 
 
 def test_there_must_be_another_model_or_an_adapter() -> None:
     with pytest.raises(InputError, match="no other model, and the model has no adapter"):
-        logps_and_divergences(student(), None, divergence=KL_FROM_POLICY, **batch())
+        logps_and_divergences(student(), batch(), Comparison(None, KL_FROM_POLICY))
 
 
 def test_vocabularies_of_two_sizes_are_refused() -> None:
-    with pytest.raises(InputError, match="the models predict 48 and 56 tokens"):
-        logps_and_divergences(student(), teacher(vocab_size=56), divergence=KL_FROM_POLICY, **batch())
+    with pytest.raises(
+        InputError, match="needs one vocabulary, but the model has 48 tokens and the other model 56"
+    ):
+        logps_and_divergences(student(), batch(), Comparison(teacher(vocab_size=56), KL_FROM_POLICY))
+
+
+@pytest.mark.parametrize("divergence", [Divergence("forward_kl"), Divergence("jsd")], ids=str)
+def test_packed_rows_have_the_divergences_of_padded_ones(divergence: Divergence) -> None:
+    comparison = Comparison(teacher(sliding_window=16), divergence)
+    padded, packed = (
+        logps_and_divergences(
+            student(sliding_window=16), SingleCollator(0, layout)(tiny_singles(4)), comparison
+        )
+        for layout in ("padded", "packed")
+    )
+    assert padded.divergences.max() > 0.1
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
 
 
 def _distributed_worker(rank: int, port: int, folder: str) -> None:
@@ -224,7 +241,7 @@ def _distributed_worker(rank: int, port: int, folder: str) -> None:
     ours, theirs = student(), teacher()
     wrapped: Any = nn.parallel.DistributedDataParallel(ours)
     mine = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch(rows=4).items()}
-    scored = logps_and_divergences(wrapped, theirs, divergence=Divergence("jsd"), **mine)
+    scored = logps_and_divergences(wrapped, mine, Comparison(theirs, Divergence("jsd")))
     (scored.logps + scored.divergences).sum().backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in ours.named_parameters()}, f"{folder}/gradients.pt")

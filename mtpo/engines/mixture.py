@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
 from mtpo.engines.cached_model import CachedModel, Feed, NextLogits, Weights
 from mtpo.errors import InputError
 from mtpo.losses import geometric_mixture
-
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+from mtpo.vocabularies import require_one_vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +38,8 @@ class Mixture:
     def __post_init__(self) -> None:
         if not 0 <= self.ref_coef <= 1:
             raise InputError(f"ref_coef must lie in [0, 1], got {self.ref_coef}")
-        require_one_vocabulary(self.policy.model, self.reference.model, self.tokenizers)
+        models = {"policy": self.policy.model, "reference": self.reference.model}
+        require_one_vocabulary(models, self.tokenizers, purpose="a mixture")
 
     @property
     def fingerprint(self) -> str:
@@ -50,38 +48,6 @@ class Mixture:
             return (self.reference if self.ref_coef else self.policy).fingerprint
         parts = f"{self.policy.fingerprint} {self.reference.fingerprint} {self.ref_coef!r}"
         return hashlib.sha256(parts.encode()).hexdigest()
-
-
-def require_one_vocabulary(
-    policy: nn.Module, reference: nn.Module, tokenizers: tuple[Any, Any] | None = None
-) -> None:
-    """
-    Raises:
-        InputError: an id does not mean the same token to both models, as far as they and their tokenizers tell.
-    """
-    ours, theirs = (model.config.get_text_config() for model in (policy, reference))  # pyright: ignore
-    if ours.vocab_size != theirs.vocab_size:
-        raise InputError(
-            f"a mixture needs one vocabulary, but the policy has {ours.vocab_size} tokens and the reference "
-            f"{theirs.vocab_size}, padding of the embeddings included"
-        )
-    for name in SPECIAL_IDS:
-        own, other = getattr(ours, name, None), getattr(theirs, name, None)
-        if own != other:
-            raise InputError(
-                f"a mixture needs one tokenizer, but {name} is {own} to the policy and {other} to the reference"
-            )
-    if tokenizers is not None:
-        _require_same_tokens(*(tokenizer.get_vocab() for tokenizer in tokenizers))
-
-
-def _require_same_tokens(ours: dict[str, int], theirs: dict[str, int]) -> None:
-    if differing := ours.items() ^ theirs.items():
-        token, token_id = min(differing, key=lambda item: (item[1], item[0]))
-        raise InputError(
-            f"a mixture needs one tokenizer, but those of policy and reference differ in {len(differing)} entries: "
-            f"{token!r} with id {token_id} is in one alone"
-        )
 
 
 @dataclass
