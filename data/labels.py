@@ -177,7 +177,7 @@ def make_binary(
         rng = _rng(seed, found.problem_id)
         for label, attempts in ((True, found.correct), (False, found.wrong)):
             rows += [
-                _single_row(found.problem_id, a) | {"label": label} for a in _draw(rng, attempts, per_class)
+                single_row(found.problem_id, a) | {"label": label} for a in _draw(rng, attempts, per_class)
             ]
     counts.num_rows = len(rows)
     return rows, counts
@@ -199,7 +199,7 @@ def make_sft(
     counts, rows = LabelCounts("correct trajectory"), []
     for found in _candidates(graded, counts, max_tokens, drop_ignored_errors):
         drawn = _draw(_rng(seed, found.problem_id), found.correct, k)
-        rows += [_single_row(found.problem_id, a) for a in drawn]
+        rows += [single_row(found.problem_id, a) for a in drawn]
     counts.num_rows = len(rows)
     return rows, counts
 
@@ -289,7 +289,7 @@ def _draw(rng: random.Random, attempts: list[_Attempt], limit: int | None) -> li
     return attempts if limit is None or len(attempts) <= limit else rng.sample(attempts, limit)
 
 
-def _single_row(problem_id: str, attempt: _Attempt) -> Row:
+def single_row(problem_id: str, attempt: Trajectory | _Attempt) -> Row:
     return {
         "problem_id": problem_id,
         "sample": attempt.sample,

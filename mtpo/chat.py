@@ -201,6 +201,12 @@ class ChatFormat:
             return backend.decode(content, skip_special_tokens=False)  # the same text, less ceremony
         return self.tokenizer.decode(content, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def tool_message(self, output: str) -> Message:
+        """Tool output as the template is given it: under the role, and in the fence, of the family."""
+        if self.tool_role == "tool":
+            return {"role": "tool", "content": output}
+        return _user(f"```output\n{output}\n```")
+
     def import_messages(self, messages: Sequence[Message]) -> tuple[Segment, ...]:
         """Render a finished conversation of others turn by turn, every assistant turn ended by the end-of-turn id.
 
@@ -313,13 +319,8 @@ class ChatFormat:
         return content.removeprefix("<think>").lstrip("\n")
 
     def _as_rendered(self, message: Message) -> Message:
-        """The message as the template is given it: tool output under the role, and fence, of the family."""
         content = message["content"]
-        if message["role"] == "tool":
-            if self.tool_role == "tool":
-                return {"role": "tool", "content": content}
-            return _user(f"```output\n{content}\n```")
-        return _user(content)
+        return self.tool_message(content) if message["role"] == "tool" else _user(content)
 
     def _plain(self, text: str) -> str:
         """The text with control tokens broken up by a space, so that they are tokenised as text."""

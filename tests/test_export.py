@@ -183,7 +183,7 @@ def test_the_recipe_pushes_the_same_rows_to_the_hub(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ((), "expected --out FILE.parquet, --push_to_hub OWNER/NAME, or both"),
+        ((), "expected --out FILE, --push_to_hub OWNER/NAME, or both"),
         (("--out", "rows.csv"), "--out must end in .parquet, got 'rows.csv'"),
         (("--out", "there.parquet"), "--out there.parquet exists"),
         (("--out", "new.parquet", "--private"), "--private has no effect without --push_to_hub"),

@@ -120,7 +120,7 @@ def assert_equal_steps(
         assert (actual - expected).norm() < 1e-5 * expected.norm()
         assert (actual - expected).abs().max() < 1e-5
     for expected, actual in zip(theirs.parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
     return trainer
 
 
