@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -27,6 +28,7 @@ from data.problems import load_problems, write_problems
 from data.trajectories import Journal, summarize
 from mtpo.branching import Branching, BranchingTree
 from mtpo.cli import run_recipe
+from mtpo.cluster import connect
 from mtpo.errors import InputError
 from mtpo.grader import grade
 from mtpo.rollout import Decoding, RolloutLimits, rollout
@@ -34,9 +36,10 @@ from mtpo.runs import RunFolder
 from mtpo.trajectory import Problem, Trajectory
 from recipes.engines import EngineOptions, Sampler
 from sandbox import TOKEN_VARIABLE, InterpreterPool, Limits, RemoteInterpreter
+from sandbox.cluster import ClusterInterpreter
 from sandbox.layers import Policy
 
-OF_THE_OWN_SANDBOX = ("memory_mb", "preload", "kernels", "isolation")
+OF_THE_OWN_SANDBOX = ("memory_mb", "preload", "kernels", "isolation", "ray_pools")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,7 @@ class SamplingOptions(EngineOptions):
             raise InputError(f"--isolation must be one of {get_args(Policy)}, got {self.isolation!r}")
         if self.sandbox_url is not None:
             for option in fields(SamplingOptions):
-                if option.name in OF_THE_OWN_SANDBOX and getattr(self, option.name) != _default(option):
+                if option.name in OF_THE_OWN_SANDBOX and getattr(self, option.name) != default_of(option):
                     raise InputError(
                         f"--{option.name} has no effect with --sandbox_url: the service has its own"
                     )
@@ -164,7 +167,10 @@ class Config(SamplingOptions):
 
 
 SPEED_ONLY = frozenset(
-    {"kernels", "max_in_flight", "preload", "isolation", "sandbox_url", "engine", "engine_args", "urls"}
+    {
+        *("kernels", "max_in_flight", "preload", "isolation", "sandbox_url", "engine", "engine_args", "urls"),
+        *("ray", "ray_engines", "ray_gpus", "ray_pools"),
+    }
 )
 """Options that change no trajectory, so that a run may be resumed with others."""
 
@@ -284,24 +290,31 @@ def _is_correct(trajectory: Trajectory, golds: Mapping[str, str]) -> bool:
     return grade(response, golds[trajectory.problem_id]).verdict == "correct"
 
 
-def _interpreter(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter:
-    """What runs the code: the sandbox of this machine, or a service.
+def _interpreter(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter | ClusterInterpreter:
+    """What runs the code: the sandbox of this machine, those of a Ray cluster, or a service.
 
     Raises:
         InputError: the service's token is not in the environment.
     """
     if options.sandbox_url is None:
-        limits = Limits(memory_mb=options.memory_mb)
-        preload = tuple(options.preload)
-        return InterpreterPool(
-            limits, size=options.kernels, preload=preload, isolation=cast(Policy, options.isolation)
+        make = partial(
+            InterpreterPool,
+            Limits(memory_mb=options.memory_mb),
+            size=options.kernels,
+            preload=tuple(options.preload),
+            isolation=cast(Policy, options.isolation),
         )
+        if options.ray is None:
+            return make()
+        connect(options.ray)
+        return ClusterInterpreter(make, options.ray_pools, {"num_cpus": 1})
     if TOKEN_VARIABLE not in os.environ:
         raise InputError(f"--sandbox_url needs the service's token in the environment, as {TOKEN_VARIABLE}")
     return RemoteInterpreter(options.sandbox_url, os.environ[TOKEN_VARIABLE])
 
 
-def _default(option: Field[Any]) -> Any:
+def default_of(option: Field[Any]) -> Any:
+    """The default of an option, for saying that it was set although it has no effect."""
     return option.default_factory() if callable(option.default_factory) else option.default
 
 

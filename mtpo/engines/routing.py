@@ -38,8 +38,9 @@ class Router:
         finally:
             self.in_flight[server] -= 1
 
-    def release(self, session: str) -> None:
-        self._homes.pop(session, None)
+    def release(self, session: str) -> int | None:
+        """Forget the session; the server that it went to, if any."""
+        return self._homes.pop(session, None)
 
     def _choose(self, session: str, usable: Collection[int]) -> int:
         least = min(usable, key=lambda server: (self.in_flight[server], server))
