@@ -124,8 +124,7 @@ def test_options_without_an_effect_are_refused(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate.main(["--model", "m", "--problems", "p", "--out", "o", *flags]) == 1
-    assert capsys.readouterr().err == f"error: {message}
-"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def told(folder: Path) -> dict[tuple[str, int], Any]:
