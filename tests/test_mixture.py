@@ -234,6 +234,13 @@ def test_what_does_not_share_a_vocabulary_is_refused_in_one_line() -> None:
     mixture(model, tiny_model("llama", seed=1), tokenizers=(gemma, make_tokenizer("gemma")))
 
 
+def test_vllm_refuses_a_mixture_with_the_reason() -> None:
+    from mtpo.engines.vllm import VLLMEngine
+
+    with pytest.raises(InputError, match=r"vLLM cannot sample from a mixture: .* use the embedded engine"):
+        VLLMEngine(mixture(tiny_model("llama"), tiny_model("llama", seed=1)))
+
+
 def test_the_shorter_context_of_both_models_holds() -> None:
     short, long = tiny_model("llama", max_position_embeddings=20), tiny_model("llama", seed=1)
     assert TransformersEngine(mixture(long, short)).max_context == 20

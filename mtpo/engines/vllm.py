@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from mtpo.engines.checks import checked_generation, tokens_to_sample
+from mtpo.engines.mixture import Mixture
 from mtpo.engines.routing import Router
 from mtpo.errors import EngineError, InputError
 from mtpo.rollout import Generation, Sampling
@@ -40,6 +41,13 @@ CPU_ARGS: dict[str, Any] = {
     "block_size": 32,  # the default, 128, shares no short prompt
     "enable_chunked_prefill": False,  # vLLM 0.32 dies of a seeded request whose prompt is cut (Generator.get_offset)
 }
+NO_MIXTURE = (
+    "vLLM cannot sample from a mixture: what its logits processors change is in none of the raw log-probs that it "
+    "returns, log Z has no way out of its processes, and the second model would have no place in its cache of keys "
+    "and values; use the embedded engine"
+)
+"""As of vLLM 0.32: `vllm/v1/sample/sampler.py` takes raw log-probs before its processors run, and processed ones only
+after temperature and truncation; the processors of its two model runners also have two incompatible interfaces."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes as `max_lora_rank`."""
 
@@ -58,10 +66,15 @@ class VLLMEngine:
             gpu_memory_utilization, max_model_len, max_num_seqs, block_size, ...
 
     Raises:
-        InputError: vLLM is not installed, or refuses the model, the adapter or an engine argument.
+        InputError: vLLM is not installed, or refuses the model, the adapter or an engine argument; or the model is a
+            `Mixture`, which vLLM cannot hold.
     """
 
-    def __init__(self, model: str | Path, *, adapter: str | Path | None = None, **engine_args: Any) -> None:
+    def __init__(
+        self, model: str | Path | Mixture, *, adapter: str | Path | None = None, **engine_args: Any
+    ) -> None:
+        if isinstance(model, Mixture):
+            raise InputError(NO_MIXTURE)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
