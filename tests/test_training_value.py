@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from mtpo.batches import SingleCollator
 from mtpo.errors import InputError
 from mtpo.training import TrainingSettings, train
-from mtpo.training.value import ValueNetwork, ValueTraining, standardized_reward
+from mtpo.training.value import ValueNetwork, ValueTraining, prompt_ends, standardized_reward
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_labels
 
@@ -63,7 +63,7 @@ def test_values_are_read_at_the_last_prompt_token() -> None:
     for prompt in ([2, 7, 9], [2, 8]):
         hidden = model.base_model(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
         expected.append((network.head.weight[0] @ hidden).item() + 0.5)
-    found = network(batch["input_ids"], batch["completion_mask"])
+    found = network(batch["input_ids"], prompt_ends(batch["completion_mask"])).squeeze(-1)
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
@@ -87,16 +87,16 @@ def test_each_step_of_the_value_network_is_one_of_adamw_on_the_clipped_gradient(
     training = ValueTraining(ours, standardized_reward(tiny_labels(2)), chosen, num_steps=4)
     optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.0)
     batch = SingleCollator(pad_id=0)(tiny_labels(2))
-    ids, mask = batch["input_ids"], batch["completion_mask"]
+    ids, places = batch["input_ids"], prompt_ends(batch["completion_mask"])
     for target, learning_rate in ((1.0, 4e-2), (-3.0, 4e-2 * 2 / 3), (0.5, 4e-2 / 3)):
-        (ours(ids, mask) - target).square().mean().backward()
+        (ours(ids, places) - target).square().mean().backward()
         training.on_pre_optimizer_step(TrainingArguments(), TrainerState(), TrainerControl())
         optimizer.zero_grad()
-        (plain(ids, mask) - target).square().mean().backward()
+        (plain(ids, places) - target).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
-        torch.testing.assert_close(ours(ids, mask), plain(ids, mask), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours(ids, places), plain(ids, places), rtol=1e-4, atol=1e-6)
 
 
 def test_the_value_learning_rate_is_five_times_the_policys_unless_given(tmp_path: Path) -> None:

@@ -28,6 +28,11 @@ class VerifierJudge:
     async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
         return await self._by_grades(first, second, problem)
 
+    async def reward(self, trajectory: Trajectory, problem: Problem) -> float | None:
+        """1 if correct, 0 if wrong; None as in `prefer`."""
+        verdicts = await self._verdicts_if_any((trajectory,), problem)
+        return None if verdicts is None else float(verdicts[0] == "correct")
+
     async def _by_grades(
         self,
         first: Trajectory,
@@ -35,18 +40,25 @@ class VerifierJudge:
         problem: Problem,
         among_equals: Callable[[Trajectory, Trajectory], float] = lambda first, second: 0.5,
     ) -> float | None:
-        if has_fault(first, second):
-            self.counts["environment fault"] += 1
+        verdicts = await self._verdicts_if_any((first, second), problem)
+        if verdicts is None:
             return None
-        verdicts = await asyncio.to_thread(self._verdicts, (first, second), problem)
-        if "ungraded" in verdicts:
-            self.counts["ungraded"] += 1
-            return None
-        self.counts["judged"] += 1
         one, other = (float(verdict == "correct") for verdict in verdicts)
         return one if one != other else among_equals(first, second)
 
-    def _verdicts(self, trajectories: tuple[Trajectory, Trajectory], problem: Problem) -> list[Verdict]:
+    async def _verdicts_if_any(
+        self, trajectories: tuple[Trajectory, ...], problem: Problem
+    ) -> list[Verdict] | None:
+        """None, counted, where one of them has no verdict."""
+        reason = "environment fault" if has_fault(*trajectories) else None
+        verdicts: list[Verdict] = []
+        if reason is None:
+            verdicts = await asyncio.to_thread(self._verdicts, trajectories, problem)
+            reason = "ungraded" if "ungraded" in verdicts else None
+        self.counts[reason or "judged"] += 1
+        return None if reason else verdicts
+
+    def _verdicts(self, trajectories: tuple[Trajectory, ...], problem: Problem) -> list[Verdict]:
         golds = self._grader.options.golds(problem)
         answered = [t for t in trajectories if t.stop_reason == StopReason.ANSWERED]
         grades = self._grader.grade_many((t.actions[-1].text, golds) for t in answered)

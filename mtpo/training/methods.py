@@ -78,6 +78,9 @@ class Method:
     defaults: Options = field(default_factory=dict)
     """The options that have an effect, with their defaults; any other option is refused."""
 
+    has_values: bool = False
+    """A value network is trained beside the policy."""
+
     @property
     def needs_reference(self) -> bool:
         return self.rows != "single"
@@ -131,6 +134,7 @@ def dro_v(scores: Scores, options: Options) -> LossOut:
     target = (rewards - tau * rho).detach()
     metrics |= {"target": target.mean().item(), "target_square": target.square().mean().item()}
     metrics |= {"loss/policy": policy.loss.item(), "loss/value": value.loss.item()}
+    metrics["residual_square"] = 2 * value.loss.item()
     return LossOut(policy.loss + value.loss, policy.per_example + value.per_example, metrics)
 
 
@@ -150,5 +154,5 @@ METHODS: dict[str, Method] = {
     "savage": Method("pair", partial(paired, kind="savage"), PAIRED),
     "kto": Method("label", kto, {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 1.0}),
     "pmpo": Method("label", pmpo, {"alpha": 0.5, "beta": 0.5, "normalize": False}),
-    "dro_v": Method("label", dro_v, {"tau": 1.0}),
+    "dro_v": Method("label", dro_v, {"tau": 1.0}, has_values=True),
 }

@@ -65,13 +65,22 @@ def pair_metrics(scores: Scores) -> dict[str, float]:
 
 
 def explained_variance(values: Mapping[str, float]) -> dict[str, float]:
-    """Of DRO-V's target, by the value network, over a whole step; nothing if the target does not vary.
+    """Of what the value network aims at, over a whole step; nothing if that does not vary.
 
-    From the means of the target, its square, the residual and half the residual's square.
+    From the means of the target, its square, the residual and its square.
     """
+    if "target" not in values:  # no example was left in the step
+        return {}
     variance = values["target_square"] - values["target"] ** 2
-    left = 2 * values["loss/value"] - values["residual"] ** 2
+    left = values["residual_square"] - values["residual"] ** 2
     return {"explained_variance": 1 - left / variance} if variance > 1e-9 else {}
+
+
+def advantage_std(values: Mapping[str, float]) -> dict[str, float]:
+    """Of the turns of a whole step, from the means of the advantages and of their squares, where there are any."""
+    if "advantage" not in values:
+        return {}
+    return {"advantage_std": max(0.0, values["advantage_square"] - values["advantage"] ** 2) ** 0.5}
 
 
 class CollapseMonitor:

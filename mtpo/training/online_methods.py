@@ -35,11 +35,6 @@ class OnlineMethod(Method):
     keeps_ties: bool = True
     """A pair of which neither is better has something to say."""
 
-    @property
-    def has_values(self) -> bool:
-        """A value network is trained beside the policy, and the loss is a mean over turns."""
-        return "lam" in self.defaults
-
 
 def judged_pairs(scores: Scores, options: Options, kind: str) -> LossOut:
     """Section 4's losses with the judge's P for a soft label: OAIF (arXiv 2402.04792), IPO-MD (arXiv 2403.08635)."""
@@ -138,15 +133,20 @@ ONLINE_METHODS: Mapping[str, OnlineMethod] = {
     "nash_ema": OnlineMethod(
         "reward", nash_md, {"tau": 0.008, "ema_decay": 0.999}, players=("current", "average")
     ),
-    "mtpo": OnlineMethod("reward", turn_actor_critic, {"alpha": 0.005} | TURNS, trains_both=True),
+    "mtpo": OnlineMethod(
+        "reward", turn_actor_critic, {"alpha": 0.005} | TURNS, has_values=True, trains_both=True
+    ),
     "mtpo_tau": OnlineMethod(
         "reward",
         turn_actor_critic,
         {"alpha": 0.0025, "ref_coef": 0.0375} | TURNS,
+        has_values=True,
         players=("mixture", "mixture"),
         trains_both=True,
     ),
-    "rlhf": OnlineMethod("reward", turn_actor_critic, {"alpha": 0.01} | TURNS, players=("current",)),
+    "rlhf": OnlineMethod(
+        "reward", turn_actor_critic, {"alpha": 0.01} | TURNS, has_values=True, players=("current",)
+    ),
     "online_kto": OnlineMethod("label", kto, KTO, players=("current",)),
 }
 """Defaults are those of the papers."""

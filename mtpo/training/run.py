@@ -94,18 +94,11 @@ def train(
         kept = with_mismatched(kept, settings.seed)  # of whole trajectories, whatever the mask counts
     reward = standardized_reward(kept) if settings.method == "dro_v" else None
     kept = masked_rows(kept, settings.mask)
-    args = _arguments(settings, out)
-    require_layout(model, settings.layout, args.device)
-    model.to(args.device)  # pyright: ignore[reportArgumentType]
-    if settings.pure_bfloat16:
-        model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
-    elif settings.computes_in_bfloat16 and settings.lora_rank is None:
-        keep_trained_weights_in_float32(model)
-    if settings.gradient_checkpointing:
-        unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+    args = training_arguments(settings, out)
+    place_model(model, settings, args.device)
     starts_at_reference, value_network = False, None
     if settings.recipe.needs_reference:
-        _disable_dropout(model)
+        disable_dropout(model)
         reference = _loaded(reference_model) or model
         starts_at_reference = checkpoint is None and (
             reference is model or fingerprint(reference) == fingerprint(model)
@@ -118,28 +111,20 @@ def train(
         del reference, reference_model
     elif reference_model is not None:
         raise InputError(f"reference_model has no effect on method {settings.method!r}")
-    policy = with_adapter(model, settings)
-    if settings.computes_in_bfloat16:
-        keep_trained_weights_in_float32(policy)
+    policy = trainable(model, settings)
 
     order = training_order([row_length(row) for row in kept], settings)
     num_steps = math.ceil(len(order) / settings.batch_size)
     value = None
     if reward is not None and value_network is not None:
         value = ValueTraining(value_network, reward, settings, num_steps)
-    callbacks: list[TrainerCallback] = [
-        MetricsFile(out / "metrics.jsonl"),
-        Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
-        EqualGradients(),
-        LostUpdates(settings.warmup_steps),
-    ]
     trainer = TrajectoryTrainer(
         policy,
         [kept[i] for i in order],
         settings,
         args,
         tokenizer,
-        callbacks + ([ProgressBar(settings.method)] if progress else []),
+        run_callbacks(out, num_steps, settings, progress),
         starts_at_reference=starts_at_reference,
         value=value,
     )
@@ -147,16 +132,49 @@ def train(
         check_merge(policy, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     policy.eval()
-    _save(trainer, out / "model", merge=settings.merge_adapter)
+    save_model(trainer, out / "model", merge=settings.merge_adapter)
     return TrainResult(
         model=out / "model",
-        checkpoints=tuple(_checkpoints(out)),
+        checkpoints=tuple(checkpoints_of(out)),
         num_steps=num_steps,
         num_rows=len(kept),
         num_dropped=num_dropped,
         metrics=next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry),
         seconds=time.monotonic() - started,
     )
+
+
+def place_model(model: PreTrainedModel, settings: TrainingSettings, device: torch.device) -> None:
+    """Move a policy to where it is trained, in the types that the settings ask for."""
+    require_layout(model, settings.layout, device)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    if settings.pure_bfloat16:
+        model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    elif settings.computes_in_bfloat16 and settings.lora_rank is None:
+        keep_trained_weights_in_float32(model)
+    if settings.gradient_checkpointing:
+        unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def trainable(model: PreTrainedModel, settings: TrainingSettings) -> PreTrainedModel:
+    """The model, or its adapter, as it is trained."""
+    policy = with_adapter(model, settings)
+    if settings.computes_in_bfloat16:
+        keep_trained_weights_in_float32(policy)
+    return policy
+
+
+def run_callbacks(
+    out: Path, num_steps: int, settings: TrainingSettings, progress: bool
+) -> list[TrainerCallback]:
+    """What every run writes, checks and shows."""
+    callbacks: list[TrainerCallback] = [
+        MetricsFile(out / "metrics.jsonl"),
+        Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
+        EqualGradients(),
+        LostUpdates(settings.warmup_steps),
+    ]
+    return callbacks + ([ProgressBar(settings.method)] if progress else [])
 
 
 def training_order(lengths: Sequence[int], settings: TrainingSettings) -> list[int]:
@@ -186,10 +204,10 @@ def checkpoint_steps(num_steps: int, num_checkpoints: int) -> list[int]:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest complete checkpoint: trainer_state.json is the last file to be written."""
-    return next((path for path in reversed(_checkpoints(out)) if _is_complete(path)), None)
+    return next((path for path in reversed(checkpoints_of(out)) if _is_complete(path)), None)
 
 
-def _checkpoints(out: Path) -> list[Path]:
+def checkpoints_of(out: Path) -> list[Path]:
     found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=_checkpoint_step)
 
@@ -220,7 +238,7 @@ def _usable_rows(
     return kept, len(rows) - len(kept)
 
 
-def _arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
     args = TrainingArguments(
         output_dir=str(out),
         num_train_epochs=1,  # the rows come in the order of all epochs
@@ -254,7 +272,7 @@ def _with_reference(
 ) -> list[Row]:
     require_exact_attention(reference)
     device, cache = next(reference.parameters()).device, Path(str(args.output_dir)) / "reference"
-    _disable_dropout(reference.to(args.device))  # pyright: ignore[reportArgumentType]
+    disable_dropout(reference.to(args.device))  # pyright: ignore[reportArgumentType]
     size = args.per_device_train_batch_size
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         rows = add_reference_logps(rows, reference, cache, batch_size=size, progress=progress)
@@ -268,7 +286,7 @@ def _loaded(model: PreTrainedModel | Callable[[], PreTrainedModel] | None) -> Pr
     return model()
 
 
-def _disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     """A log-ratio compares two distributions, not two draws of a dropout mask."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -277,7 +295,7 @@ def _disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
-def _save(trainer: TrajectoryTrainer, folder: Path, *, merge: bool) -> None:
+def save_model(trainer: TrajectoryTrainer, folder: Path, *, merge: bool) -> None:
     """Under another name first: a folder of this name is whole, whatever interrupts us."""
     partial = folder.with_name(f".{folder.name}")
     if merge:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from mtpo.batches import Mask
 from mtpo.errors import InputError
@@ -34,6 +35,9 @@ class TrainingSettings:
     Raises:
         InputError: a value is out of range, or is set although the method does not use it.
     """
+
+    METHODS: ClassVar[Mapping[str, Method]] = METHODS
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES
 
     method: str = field(metadata={"help": f"one of {', '.join(METHODS)}"})
     learning_rate: float = field(metadata={"help": "peak of the schedule"})
@@ -66,7 +70,9 @@ class TrainingSettings:
     )
     value_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "dro_v: peak of the value network's schedule; by default 5 times learning_rate"},
+        metadata={
+            "help": "peak of the value network's schedule, where there is one; by default 5 times learning_rate"
+        },
     )
     mask: Mask = field(
         default="action",
@@ -140,7 +146,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("method", tuple(METHODS)),
+            ("method", tuple(self.METHODS)),
             ("mask", get_args(Mask)),
             ("optimizer", get_args(Optimizer)),
             ("lr_schedule", get_args(Schedule)),
@@ -149,7 +155,7 @@ class TrainingSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        for name, (low, high) in RANGES.items():
+        for name, (low, high) in self.RANGES.items():
             self._check_option(name, low, high)
         self._check_numbers()
         self._check_adapter()
@@ -172,7 +178,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < minimum.get(name, 0):
                 raise InputError(f"{name} is {value}, expected at least {minimum.get(name, 0)}")
-        if self.value_learning_rate is not None and self.method != "dro_v":
+        if self.value_learning_rate is not None and not self.recipe.has_values:
             raise InputError(f"value_learning_rate has no effect on method {self.method!r}")
         for name in ("learning_rate", "max_grad_norm", "value_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
@@ -213,7 +219,7 @@ class TrainingSettings:
 
     @property
     def recipe(self) -> Method:
-        return METHODS[self.method]
+        return self.METHODS[self.method]
 
     @property
     def computes_in_bfloat16(self) -> bool:

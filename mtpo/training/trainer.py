@@ -21,15 +21,25 @@ from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
 from mtpo.scoring import batch_logps
 from mtpo.training.methods import Scores
-from mtpo.training.metrics import CollapseMonitor, StepMetrics, explained_variance, pair_metrics
+from mtpo.training.metrics import (
+    CollapseMonitor,
+    StepMetrics,
+    advantage_std,
+    explained_variance,
+    pair_metrics,
+)
 from mtpo.training.optim import lr_factor, make_optimizer
 from mtpo.training.settings import TrainingSettings
-from mtpo.training.value import ValueTraining
+from mtpo.training.value import ValueTraining, prompt_ends
 
 Batch = dict[str, Tensor]
 
 ZERO_MARGIN = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 0.02}
 """How far log p of one token may differ between two batches of the same weights: they differ in padding."""
+
+
+class NotFinite(GuardError):
+    """Log-probs or a loss are infinite or no numbers."""
 
 
 class TrajectoryTrainer(Trainer):
@@ -63,6 +73,7 @@ class TrajectoryTrainer(Trainer):
             callbacks = [*callbacks, value]
         self.settings = settings
         self.rows = rows
+        self.num_draws = len(rows)
         self.starts_at_reference = starts_at_reference
         self.z0: Tensor | None = None
         self.desirable_share: Tensor | None = None
@@ -92,7 +103,7 @@ class TrajectoryTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         count = torch.tensor(sum(self._count(batch) for batch in batches), device=device)
         if self.settings.method == "kto":
-            self.z0 = self._baseline(batches)
+            self.z0 = self._baseline(batches, "kl_")
         total = self.accelerator.gather(count).sum()  # pyright: ignore
         if self.settings.recipe.rows == "label":
             desirable = torch.tensor(sum(int(batch["labels"].sum()) for batch in batches), device=device)
@@ -113,7 +124,7 @@ class TrajectoryTrainer(Trainer):
             self._check_zero_margin(scores, inputs)
         out = self.settings.recipe.loss(scores, self.settings.options)
         if not torch.isfinite(out.loss):
-            raise GuardError(f"the loss is {out.loss.item()} on {self._names(inputs)}")
+            raise NotFinite(f"the loss is {out.loss.item()} on {self._names(inputs)}")
         count = self._count(inputs)
         self._record(scores, out, inputs)
         # DDP averages gradients over processes, and so does the logged loss.
@@ -124,9 +135,9 @@ class TrajectoryTrainer(Trainer):
         if "loss" in logs:
             logs = logs | self.metrics.take()
             if self.value is not None:
-                logs |= explained_variance(logs)
-            drawn = min(self.state.global_step * self.settings.batch_size, len(self.rows))
-            self.state.epoch = self.settings.epochs * drawn / len(self.rows)
+                logs |= explained_variance(logs) | advantage_std(logs)
+            drawn = min(self.state.global_step * self.settings.batch_size, self.num_draws)
+            self.state.epoch = self.settings.epochs * drawn / self.num_draws
             now = time.monotonic()
             logs["tokens_per_s"] = logs["tokens"] / (now - self.last_log)
             self.last_log = now
@@ -172,9 +183,9 @@ class TrajectoryTrainer(Trainer):
     def _scores(self, model: nn.Module, batch: Batch) -> Scores:
         logps, sums = self._score(model, batch)
         rewards = values = None
-        if self.value is not None:
+        if self.value is not None and self.value.reward is not None:
             rewards = self.value.reward(batch["labels"])
-            values = self.value.network(batch["input_ids"], batch["completion_mask"])
+            values = self.value.network(batch["input_ids"], prompt_ends(batch["completion_mask"])).squeeze(-1)
         return Scores(
             logps=logps,
             mask=batch["completion_mask"],
@@ -193,18 +204,24 @@ class TrajectoryTrainer(Trainer):
         logps = batch_logps(model, batch, prefix)
         finite = torch.isfinite(logps).all(-1)
         if not finite.all():
-            raise GuardError(f"log-probs are not finite on {self._names(batch, ~finite)}")
+            raise NotFinite(f"log-probs are not finite on {self._names(batch, ~finite)}")
         return logps, masked_sum(logps.double(), mask)
 
     @torch.no_grad()
-    def _baseline(self, batches: Sequence[Batch]) -> Tensor:
-        """KTO's z0 over all micro-batches of all processes, at the weights that the step starts from."""
+    def _baseline(self, batches: Sequence[Batch], prefix: str) -> Tensor:
+        """KTO's z0 over all micro-batches of all processes, at the weights that the step starts from.
+
+        Args:
+            prefix: of the trajectories whose log-ratios it is the mean of.
+        """
         rho = []
         for batch in batches:
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                _, sums = self._score(self.model_wrapped, batch, "kl_")  # pyright: ignore[reportArgumentType]
-            rho.append(sums - masked_sum(batch["kl_ref_logps"].double(), batch["kl_completion_mask"]))
+                _, sums = self._score(self.model_wrapped, batch, prefix)  # pyright: ignore[reportArgumentType]
+            rho.append(
+                sums - masked_sum(batch[f"{prefix}ref_logps"].double(), batch[f"{prefix}completion_mask"])
+            )
         return kto_baseline(torch.cat(rho))
 
     def _check_zero_margin(self, scores: Scores, batch: Batch) -> None:
@@ -222,7 +239,7 @@ class TrajectoryTrainer(Trainer):
         values = {"tokens": float(batch["attention_mask"].sum()), "action_tokens": float(scores.mask.sum())}
         if self.settings.recipe.rows == "pair":
             values |= pair_metrics(scores)
-        self.metrics.add(values | out.metrics, weight=len(batch["index"]))
+        self.metrics.add(values | out.metrics, weight=self._count(batch))
 
     def _names(self, batch: Batch, which: Tensor | None = None) -> str:
         """The rows of a micro-batch, or those among its trajectories that `which` marks or lists."""

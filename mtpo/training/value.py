@@ -1,4 +1,6 @@
-"""The value network of DRO-V: what reward a prompt promises, learnt beside the policy."""
+"""The value network: what reward a prompt (DRO-V) or the state before a turn (MTPO) promises, learnt beside the
+policy.
+"""
 
 from __future__ import annotations
 
@@ -50,24 +52,26 @@ class ValueNetwork(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, input_ids: Tensor, completion_mask: Tensor) -> Tensor:
-        """V at the last prompt token, the one before the first that the mask marks.
+    def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
+        """V of what stands up to certain tokens, these included.
 
         Args:
-            input_ids, completion_mask: (B, T).
+            input_ids: (B, T); tokens after a place do not matter to it.
+            places: (B, K) int64, positions.
 
         Returns:
-            (B,) float32, or the float64 of a float64 model.
+            (B, K) float32, or the float64 of a float64 model.
         """
-        lengths = completion_mask.argmax(-1)  # of the prompts: the first 1 of each row
-        prompts = input_ids[:, : int(lengths.max())]
-        is_prompt = torch.arange(prompts.shape[1], device=prompts.device) < lengths[:, None]
-        hidden = self.backbone(
-            input_ids=prompts, attention_mask=is_prompt.long(), use_cache=False
-        ).last_hidden_state  # (B, P, H)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
-        values = self.head(last).squeeze(-1)
+        context = input_ids[:, : int(places.max()) + 1]
+        hidden = self.backbone(input_ids=context, use_cache=False).last_hidden_state  # (B, P, D)
+        read = hidden.take_along_dim(places[..., None], 1)  # (B, K, D)
+        values = self.head(read).squeeze(-1)
         return values if values.dtype == torch.float64 else values.float()
+
+
+def prompt_ends(completion_mask: Tensor) -> Tensor:
+    """(B, 1): the position of the last prompt token, the one before the first that the mask marks."""
+    return completion_mask.argmax(-1, keepdim=True) - 1
 
 
 class ValueTraining(TrainerCallback):
@@ -78,8 +82,12 @@ class ValueTraining(TrainerCallback):
     """
 
     def __init__(
-        self, network: ValueNetwork, reward: Reward, settings: TrainingSettings, num_steps: int
+        self, network: ValueNetwork, reward: Reward | None, settings: TrainingSettings, num_steps: int
     ) -> None:
+        """
+        Args:
+            reward: of dro_v.
+        """
         self.network = network.train()
         self.reward = reward
         self.max_grad_norm = settings.max_grad_norm
