@@ -39,6 +39,7 @@ from mtpo.training import TrainingSettings, train
 from mtpo.training.guards import engine_gap
 from mtpo.trajectory import Problem
 from recipes import train as train_recipe
+from recipes.dry_run import DryRunOptions, dry_run
 from recipes.engines import Sampler, load_policy
 from recipes.evaluate import compare, evaluate_into
 from recipes.generate import SPEED_ONLY, SamplingOptions, sample_into
@@ -78,7 +79,7 @@ class LoopOptions(SamplingOptions, TrainingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LoopOptions):
+class Config(LoopOptions, DryRunOptions):
     """Iterated multi-turn preference learning."""
 
     model: str = field(metadata={"help": "policy to start from, after supervised training"})
@@ -92,6 +93,10 @@ class Config(LoopOptions):
     dev_limit: int | None = field(default=500, metadata={"help": "dev problems to use"})
     test_limit: int | None = field(default=None, metadata={"help": "test problems to use; all by default"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
+
+    def __post_init__(self) -> None:
+        LoopOptions.__post_init__(self)
+        DryRunOptions.__post_init__(self)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def iterate(config: Config) -> str:
+    if config.dry_run:
+        return dry_run(config, config, config.model)
     sets = load_sets(config)
     folder = RunFolder.open(
         config.out, config, resume=config.resume, may_change=SPEED_ONLY | train_recipe.SPEED_ONLY

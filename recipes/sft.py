@@ -24,13 +24,14 @@ from mtpo.errors import InputError
 from mtpo.models import load_model, load_tokenizer
 from mtpo.runs import RunFolder
 from mtpo.training import TrainingSettings, train
+from recipes.dry_run import DryRunOptions, dry_run
 from recipes.train import SPEED_ONLY, summary
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingSettings):
+class Config(TrainingSettings, DryRunOptions):
     """Supervised training on demonstrations."""
 
     method: str = field(default="sft", metadata={"help": "sft, or raft for the same under that name"})
@@ -45,7 +46,8 @@ class Config(TrainingSettings):
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainingSettings.__post_init__(self)
+        DryRunOptions.__post_init__(self)
         if self.recipe.rows != "single":
             raise InputError(f"--method {self.method} is no supervised method; use recipes.train")
 
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_supervised(config: Config) -> str:
+    if config.dry_run:
+        return dry_run(config, config, config.model)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     rows = [row for path in config.data for row in read_demonstrations(Path(path), tokenizer, config.limit)]
     model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)

@@ -19,6 +19,7 @@ from mtpo.errors import InputError
 from mtpo.models import load_config, load_model, load_tokenizer
 from mtpo.runs import RunFolder
 from mtpo.training import METHODS, TrainingSettings, TrainResult, train
+from recipes.dry_run import DryRunOptions, dry_run
 from recipes.label import Kind
 
 KINDS: dict[RowKind, Kind] = {"pair": "pairs", "label": "binary", "single": "sft"}
@@ -27,7 +28,7 @@ SPEED_ONLY = frozenset({"micro_batch_size", "gradient_checkpointing", "layout"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingSettings):
+class Config(TrainingSettings, DryRunOptions):
     """Train a policy on pairs, binary labels, or single trajectories, by any offline method."""
 
     model: str = field(metadata={"help": "policy to start from: model name or folder"})
@@ -39,12 +40,18 @@ class Config(TrainingSettings):
     attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
+    def __post_init__(self) -> None:
+        TrainingSettings.__post_init__(self)
+        DryRunOptions.__post_init__(self)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_recipe(Config, train_policy, "recipes.train", argv)
 
 
 def train_policy(config: Config) -> str:
+    if config.dry_run:
+        return dry_run(config, config, config.model)
     rows = read_data(config.data, config.method)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)

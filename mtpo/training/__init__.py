@@ -11,6 +11,7 @@ guards.py     checks that training would be silently wrong
 mismatch.py   KTO's mismatched trajectories
 value.py      DRO-V's value network
 optim.py      AdamW, Muon, schedules
+memory.py     GPU memory that a run needs, told before it starts
 metrics.py    what a step reports, and when it warns
 callbacks.py  progress bar, metrics file, checkpoints
 """
