@@ -11,14 +11,15 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from mtpo.errors import InputError, MtpoError, SandboxError
 from mtpo.trajectory import Execution
 from sandbox import TOKEN_VARIABLE
-from sandbox.layers import LAYERS, OPTIONAL, Policy
+from sandbox.doctor import as_table, lacking_for_full, layer_reports
+from sandbox.layers import Policy
 from sandbox.pool import InterpreterPool
 
 ISOLATION = get_args(Policy)
@@ -123,14 +124,7 @@ async def _run_once(code: str, timeout_s: float, isolation: Any) -> Execution:
 
 
 async def examine(options: argparse.Namespace) -> int:
-    async with InterpreterPool(size=1, preload=(), isolation="available") as pool:
-        async with pool.session() as session:
-            await session.execute("1", timeout_s=60)
-        reasons = pool.layers
-    rows = [
-        LayerReport(name, reasons.get(name, "not tried"), layer.stops, layer.mend, name in OPTIONAL)
-        for name, layer in LAYERS.items()
-    ]
+    rows = await layer_reports()
     is_full = not lacking_for_full(rows)
     if options.json:
         layers = {row.name: {k: v for k, v in asdict(row).items() if k != "name"} for row in rows}
@@ -138,38 +132,6 @@ async def examine(options: argparse.Namespace) -> int:
     else:
         print(as_table(rows))
     return 0 if is_full else 1
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One layer of isolation on this machine."""
-
-    name: str
-    missing: str | None
-    """The reason why it is not in force; None when it is."""
-    stops: str
-    mend: str
-    is_optional: bool
-    """isolation="full" does without it."""
-
-
-def lacking_for_full(rows: Sequence[LayerReport]) -> list[str]:
-    """Names of the layers without which isolation="full" refuses to start."""
-    return [row.name for row in rows if row.missing is not None and not row.is_optional]
-
-
-def as_table(rows: Sequence[LayerReport]) -> str:
-    """A line a layer, the reason and the mend below those that are missing, and the verdict as the last line."""
-    width = max(len(row.name) for row in rows)
-    lines = [f"{'layer':{width}}  state     what it stops"]
-    for row in rows:
-        state = "in force" if row.missing is None else "optional" if row.is_optional else "missing "
-        lines.append(f"{row.name:{width}}  {state}  {row.stops}")
-        if row.missing is not None:
-            lines += [f"{'':{width}}    missing: {row.missing}", f"{'':{width}}    mend: {row.mend}"]
-    missing = ", ".join(lacking_for_full(rows))
-    lines.append('isolation="full" is ' + (f"not available: {missing} missing" if missing else "available"))
-    return "\n".join(lines)
 
 
 async def serve_pool(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ import pytest
 
 from mtpo.errors import SandboxError
 from mtpo.trajectory import Execution
-from sandbox import InterpreterPool, RemoteInterpreter, __main__
+from sandbox import InterpreterPool, RemoteInterpreter, __main__, doctor
 from sandbox.__main__ import main
 from sandbox.layers import LAYERS
 
@@ -153,7 +153,7 @@ def test_doctor_shows_every_layer_and_the_verdict(
     missing: dict[str, str],
     verdict: str,
 ) -> None:
-    monkeypatch.setattr(__main__, "InterpreterPool", FakePool)
+    monkeypatch.setattr(doctor, "InterpreterPool", FakePool)
     monkeypatch.setattr(FakePool, "missing", missing)
     assert main(["doctor"]) == (0 if verdict == "available" else 1)
     lines = capsys.readouterr().out.splitlines()
@@ -169,7 +169,7 @@ def test_doctor_shows_every_layer_and_the_verdict(
 
 
 def test_doctor_for_machines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(__main__, "InterpreterPool", FakePool)
+    monkeypatch.setattr(doctor, "InterpreterPool", FakePool)
     monkeypatch.setattr(FakePool, "missing", {"view": "no user namespaces"})
     assert main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
