@@ -87,7 +87,8 @@ class PolicySamplers:
 
     Args:
         policy: the model that is trained in place, bare or wrapped, but not sharded. Sampling leaves it in eval mode.
-        reference: the model that `REFERENCE` and `geo_mix` need; its weights must not change.
+        reference: the model that `REFERENCE` and `geo_mix` need; its weights must not change. By default, if the policy
+            has an adapter, the policy without it, which shares its weights.
         tokenizers: of policy and reference, where they are not one and the same; a mixture compares them.
         push_every: k; the trainer's weights go to the engines every k steps.
         max_rows, max_context: as of `TransformersEngine`.
@@ -207,9 +208,9 @@ class PolicySamplers:
     def _served(self, sampler: Sampler, wanted_by: Sampler | None = None) -> Weights:
         if sampler not in self._weights:
             if sampler.kind == "reference":
-                if self._reference is None:
+                model = self._reference or _without_adapter(self._policy)
+                if model is self._policy:
                     raise InputError(f"the sampler {(wanted_by or sampler).name} needs a reference model")
-                model = self._reference
             elif sampler.kind == "previous":
                 model = self._copy(f"served {sampler.name}", self._policy)
                 self._remember(int(sampler.value or 1))
@@ -254,6 +255,19 @@ class PolicySamplers:
                 _load(weights.model, dict(source.named_parameters()))
             weights.refresh()
         self._pushed_at = self._step
+
+
+def _without_adapter(module: nn.Module) -> nn.Module:
+    """A twin of the module that leaves out what peft has put around its layers; itself if there is no such layer."""
+    for name in ("base_layer", "original_module"):
+        if isinstance(inner := getattr(module, name, None), nn.Module):
+            return _without_adapter(inner)
+    children = {name: child and _without_adapter(child) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = children
+    return twin
 
 
 def _parameters(model: nn.Module) -> Parameters:

@@ -10,7 +10,7 @@ from mtpo.errors import EngineError, InputError
 from mtpo.models import fingerprint
 from mtpo.rollout import Sampling
 from mtpo.samplers import CURRENT, REFERENCE, PolicySamplers, Sampler, ema, geo_mix, previous
-from tests.tiny_models import tiny_model
+from tests.tiny_models import Family, tiny_model
 
 PROMPT = [2, 5, 6, 7]
 ALL = (CURRENT, REFERENCE, previous(1), previous(2), ema(0.9), geo_mix(0.25))
@@ -155,6 +155,34 @@ def test_averages_are_in_float32_and_keep_steps_that_bfloat16_loses() -> None:
     resumed = PolicySamplers(copy.deepcopy(policy))
     resumed.load_state_dict(samplers.state_dict())
     assert resumed.engine(ema(0.999)).fingerprint == samplers.engine(ema(0.999)).fingerprint
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+async def test_the_reference_of_an_adapter_is_the_model_below_it_with_no_second_copy(family: Family) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model(family, std=0.3)
+    base = copy.deepcopy(model)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.5
+    )
+    policy = peft.get_peft_model(model, config).train()
+    samplers = PolicySamplers(policy)
+    assert await logps_of(samplers, REFERENCE) == await logps_of_model(base)
+    assert samplers.engine(REFERENCE).fingerprint == fingerprint(base)
+    assert await logps_of(samplers, CURRENT) == await logps_of_model(policy)
+    assert await logps_of(samplers, CURRENT) != await logps_of(samplers, REFERENCE)
+    mixed = await logps_of(samplers, geo_mix(0.5))
+    assert mixed == await logps_of(PolicySamplers(policy, base), geo_mix(0.5))
+    shared = {p.data_ptr() for p in policy.parameters()}
+    assert all(p.data_ptr() in shared for p in samplers._weights[REFERENCE].model.parameters())
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.5)
+    samplers.update(1)
+    assert await logps_of(samplers, CURRENT) == await logps_of_model(policy)
+    assert await logps_of(samplers, REFERENCE) == await logps_of_model(base)
+    await samplers.aclose()
 
 
 @pytest.mark.parametrize("push_every", [1, 3])
