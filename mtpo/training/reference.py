@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -59,6 +59,8 @@ def reference_logps(
     known = _read_cache(cache, name, num_tokens, _logps_dtype(model))
     state = PartialState()
     missing = sorted((key for key in wanted if key not in known), key=lambda key: (len(wanted[key][0]), key))
+    # The first process decides: another may read the cache when that has already begun to fill it.
+    missing = broadcast_object_list([missing])[0]
     mine = missing[state.process_index :: state.num_processes]
     cache.mkdir(parents=True, exist_ok=True)
     computed: dict[str, Tensor] = {}
