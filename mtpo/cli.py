@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +17,12 @@ from typing import Any, TypeVar
 import yaml
 
 from mtpo.errors import InputError, MtpoError
+from mtpo.runs import is_main_process
 
 Config = TypeVar("Config")
+
+GRACE_S = 3.0
+"""How long a process that is not the first waits before it tells of an error."""
 
 
 def run_recipe(
@@ -26,14 +31,14 @@ def run_recipe(
     name: str,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line, run the recipe, print the line that it returns.
+    """Parse the command line, run the recipe, print the line that it returns; of many processes, the first does.
 
     Returns:
         The exit status: 0; 1 after an `MtpoError` or an error of the operating system, printed as one line on
         stderr; 130 after Ctrl-C. argparse itself exits with 2 on flags it does not know.
     """
     try:
-        print(recipe(parse_config(config_class, name, argv)))
+        line = recipe(parse_config(config_class, name, argv))
     except MtpoError as error:
         return _fail(str(error))
     except OSError as error:
@@ -41,6 +46,8 @@ def run_recipe(
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130
+    if is_main_process():
+        print(line)
     return 0
 
 
@@ -111,5 +118,9 @@ def _read_yaml(path: Path, options: Sequence[argparse.Action], name: str) -> dic
 
 
 def _fail(message: str) -> int:
+    if not is_main_process():
+        time.sleep(
+            GRACE_S
+        )  # what fails everywhere is told by the first process; its launcher then ends this one
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 1

@@ -55,6 +55,8 @@ class RunFolder:
             InputError: the folder exists and `resume` is not set, or it holds a run with another config.
         """
         folder, path = cls(Path(out)), Path(out)
+        if not is_main_process():
+            return folder  # the first process checks and makes it
         options = json.loads(json.dumps(dataclasses.asdict(config), default=str))
         if (path / "config.json").exists():
             if not resume:
@@ -81,12 +83,18 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`: the run is complete."""
-        write_json(self.path / "summary.json", summary)
+        if is_main_process():
+            write_json(self.path / "summary.json", summary)
 
     @property
     def summary(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is incomplete."""
         return read_json(self.path / "summary.json") if (self.path / "summary.json").exists() else None
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the processes that torchrun or accelerate has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write_json(path: Path, value: Any) -> None:
