@@ -1,9 +1,47 @@
-"""Two processes that train together in a test."""
+"""Two processes that train together in a test, as a launcher would start them."""
 
 import os
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
+import torch.multiprocessing as mp
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "configs" / "accelerate"
+
+
+def start_pair(worker: Callable[..., None], *arguments: Any) -> Any:
+    """Start worker(rank, *arguments) in two processes of one group; `.join()` is True once both are done."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = (_in_group, (port, worker, arguments))
+    return mp.start_processes(*processes, nprocs=2, join=False, start_method="spawn")  # pyright: ignore
+
+
+def launcher_environment(config: str) -> dict[str, str]:
+    """What `accelerate launch` tells its processes, by one of the shipped configs."""
+    argv = [
+        "--config_file",
+        str(CONFIGS / f"{config}.yaml"),
+        "--main_process_port",
+        "0",
+        "-m",
+        "recipes.train",
+    ]
+    parsed: Any = launch._validate_launch_command(launch.launch_command_parser().parse_args(argv))
+    args, defaults, _ = parsed
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        environment = prepare_multi_gpu_env(args)
+    return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
 
 
 def leave_together(folder: str, rank: int) -> NoReturn:
@@ -13,3 +51,11 @@ def leave_together(folder: str, rank: int) -> NoReturn:
     while not all((Path(folder) / f"done-{other}").exists() for other in (0, 1)):
         time.sleep(0.01)
     os._exit(0)
+
+
+def _in_group(rank: int, port: int, worker: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    worker(rank, *arguments)

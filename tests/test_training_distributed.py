@@ -1,53 +1,174 @@
+"""Two processes, of whole and of sharded models, against one process on the same global batches."""
+
 from __future__ import annotations
 
 import json
 import os
-import socket
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from mtpo.errors import GuardError, InputError
 from mtpo.models import load_model
-from mtpo.training import TrainingSettings, train
-from tests.process_pair import leave_together
-from tests.tiny_models import tiny_model
+from mtpo.training import METHODS, TrainingSettings, run, train
+from mtpo.training.guards import EqualGradients
+from tests.process_pair import launcher_environment, leave_together, start_pair
+from tests.tiny_models import Family, tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
 
-ROWS = {"sft": tiny_singles, "dpo": tiny_pairs, "kto": tiny_labels, "pmpo": tiny_labels, "dro_v": tiny_labels}
+pytestmark = pytest.mark.slow
+
+WRAPPERS = ("ddp", "fsdp2")
+ROWS = {"single": tiny_singles, "pair": tiny_pairs, "label": tiny_labels}
 
 
-def _settings(method: str) -> TrainingSettings:
-    return TrainingSettings(method=method, learning_rate=1e-2, batch_size=4, epochs=2, max_grad_norm=1e9)
+@dataclass(frozen=True)
+class Case:
+    """One training run, to be done by one process, by two, and by two with sharded weights."""
+
+    method: str
+    family: Family = "gemma2"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def run(self, out: Path, *, resume: bool = False) -> None:
+        """Two steps or more: of 4 rows, 2 on each process one after the other, and of 1 row at last."""
+        options = {"learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 1, "max_grad_norm": 1e9}
+        settings = TrainingSettings(method=self.method, **options | dict(self.options))
+        model = tiny_model(self.family, std=0.1)
+        train(model, ROWS[METHODS[self.method].rows](5)[:5], settings, out, resume=resume, progress=False)
 
 
-def _worker(rank: int, port: int, method: str, out: str) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    torch.set_num_threads(1)
-    train(tiny_model("gemma2", std=0.1), ROWS[method](4), _settings(method), out, progress=False)
-    leave_together(out, rank)
+METHOD_CASES = {method: Case(method) for method in METHODS}
+CASES = METHOD_CASES | {
+    "untied": Case("dpo", "llama", (("gradient_checkpointing", True),)),
+    "bfloat16": Case("dpo", options=(("dtype", "bfloat16"),)),
+    "resumed": Case("dro_v", options=(("epochs", 3), ("num_checkpoints", 1))),
+}
 
 
-@pytest.mark.parametrize("method", list(ROWS))
-def test_two_processes_train_to_the_weights_of_one(method: str, tmp_path: Path) -> None:
-    """Global counts, KTO's baseline, shared reference pass, and metrics over all processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (port, method, str(tmp_path / "two"))
-    mp.start_processes(_worker, arguments, nprocs=2, start_method="spawn")  # pyright: ignore
-    train(tiny_model("gemma2", std=0.1), ROWS[method](4), _settings(method), tmp_path / "one", progress=False)
-    one, two = load_model(tmp_path / "one" / "model"), load_model(tmp_path / "two" / "model")
+class RecordedGradients(EqualGradients):
+    """Keeps the gradients of the first step, put together, and how many of the weights are shards."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        if state.global_step == 0:
+            named = list(kwargs["model"].named_parameters())
+            gradients = {name: _whole(p.grad).clone() for name, p in named if p.grad is not None}
+            shards = sum(isinstance(parameter, DTensor) for _, parameter in named)
+            if state.is_world_process_zero:
+                torch.save((shards, len(named), gradients), Path(args.output_dir) / "gradients.pt")
+
+
+def _whole(gradient: Any) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+def _worker(rank: int, folder: str) -> None:
+    run.EqualGradients = RecordedGradients
+    for wrapper in WRAPPERS:
+        os.environ |= launcher_environment(wrapper)
+        for name, case in CASES.items():
+            case.run(Path(folder) / wrapper / name)
+        out = Path(folder) / wrapper / "resumed"
+        if rank == 0:
+            shutil.copytree(out / "model", Path(folder) / wrapper / "straight")
+        CASES["resumed"].run(out, resume=True)
+    leave_together(folder, rank)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """WRAPPER/CASE holds a run of two processes, one/CASE the same run of one."""
+    folder = tmp_path_factory.mktemp("distributed")
+    pair = start_pair(_worker, str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "EqualGradients", RecordedGradients)
+        for name, case in CASES.items():
+            case.run(folder / "one" / name)
+    while not pair.join():
+        pass
+    yield folder
+
+
+def _steps(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", [*METHOD_CASES, "untied"])
+def test_loss_and_gradients_of_two_processes_are_those_of_one(name: str, wrapper: str, folder: Path) -> None:
+    """With gradients accumulated, rows of many lengths, and a last batch that one process has no row of."""
+    shards, count, actual = torch.load(folder / wrapper / name / "gradients.pt")
+    assert shards == (count if wrapper == "fsdp2" else 0)
+    _, _, expected = torch.load(folder / "one" / name / "gradients.pt")
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert actual.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(actual[key], gradient, rtol=1e-5, atol=1e-6 * largest)
+    one, two = _steps(folder / "one" / name), _steps(folder / wrapper / name)
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert len(one) == len(two) == 2
+    for ours, theirs in zip(two, one, strict=True):
+        ignored = {"tokens_per_s": 0}
+        assert ours | ignored == pytest.approx(theirs | ignored, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("name", [*METHOD_CASES, "untied"])
+def test_the_model_that_two_processes_write_is_that_of_one(name: str, wrapper: str, folder: Path) -> None:
+    one, two = (load_model(folder / who / name / "model") for who in ("one", wrapper))
     for expected, actual in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
-    one_steps, two_steps = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_resumed_run_of_two_processes_ends_where_an_uninterrupted_one_does(
+    wrapper: str, folder: Path
+) -> None:
+    """Policy and value network, from the checkpoint in the middle."""
+    straight, resumed = (load_model(folder / wrapper / name) for name in ("straight", "resumed/model"))
+    for expected, actual in zip(straight.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7)
+    assert [step["step"] for step in _steps(folder / wrapper / "resumed")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_value_network_of_two_processes_is_that_of_one(wrapper: str, folder: Path) -> None:
+    one, two = (
+        torch.load(next((folder / who / "resumed").glob("checkpoint-*/value.pt"))) for who in ("one", wrapper)
     )
-    assert len(one_steps) == len(two_steps) >= 2
-    for expected, actual in zip(one_steps[1:], two_steps[1:], strict=True):  # at step 1 margins are 0 or 1e-7
-        assert actual | {"tokens_per_s": 0} == pytest.approx(
-            expected | {"tokens_per_s": 0}, rel=1e-3, abs=1e-4
-        )
+    assert one["network"].keys() == two["network"].keys()
+    for key, expected in one["network"].items():
+        torch.testing.assert_close(two["network"][key], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_autocast_computes_the_same_in_two_processes(wrapper: str, folder: Path) -> None:
+    """A policy in bfloat16 throughout, FSDP2's own way, is 1e-2 away, and so from its reference."""
+    one, two = _steps(folder / "one" / "bfloat16")[0], _steps(folder / wrapper / "bfloat16")[0]
+    for side in ("chosen", "rejected"):
+        assert two[f"logps/{side}"] == pytest.approx(one[f"logps/{side}"], rel=1e-5)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_weights_that_should_be_sharded_and_are_whole_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a process that no launcher has started."""
+    for name, value in launcher_environment("fsdp2").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(GuardError, match="only 0 of 24 parameters are sharded"):
+        CASES["sft"].run(tmp_path)
+
+
+def test_muon_is_refused_where_matrices_are_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="'muon' needs whole matrices"):
+        Case("sft", options=(("optimizer", "muon"),)).run(tmp_path)

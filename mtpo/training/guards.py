@@ -89,7 +89,7 @@ def engine_gap(model: nn.Module, trajectories: Sequence[Trajectory]) -> LogpGap:
 
 
 class EqualGradients(TrainerCallback):
-    """Before the first update, checks that all processes hold the same gradients (sharded ones never do)."""
+    """Before the first update, checks that all processes hold the same gradients, shards of them apart."""
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,9 +97,8 @@ class EqualGradients(TrainerCallback):
         if state.global_step or PartialState().num_processes == 1:
             return
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if not any(isinstance(gradient, DTensor) for gradient in gradients):
-            own = [sum(gradient.double().square().sum().item() for gradient in gradients) ** 0.5]
-            check_equal_norms(gather_object(own))
+        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        check_equal_norms(gather_object([sum(g.double().square().sum().item() for g in whole) ** 0.5]))
 
 
 def check_equal_norms(norms: Sequence[float]) -> None:

@@ -27,6 +27,7 @@ from mtpo.training.mismatch import with_mismatched
 from mtpo.training.precision import LostUpdates, keep_trained_weights_in_float32
 from mtpo.training.reference import add_reference_logps
 from mtpo.training.settings import TrainingSettings
+from mtpo.training.sharding import WeightsAreSharded
 from mtpo.training.trainer import TrajectoryTrainer
 from mtpo.training.value import ValueNetwork, ValueTraining, standardized_reward
 
@@ -173,6 +174,7 @@ def run_callbacks(
         Checkpoints(checkpoint_steps(num_steps, settings.num_checkpoints)),
         EqualGradients(),
         LostUpdates(settings.warmup_steps),
+        WeightsAreSharded(),
     ]
     return callbacks + ([ProgressBar(settings.method)] if progress else [])
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from mtpo.batches import PairCollator, Row, SingleCollator, row_name
-from mtpo.errors import GuardError
+from mtpo.errors import GuardError, InputError
 from mtpo.logprobs import install
 from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
@@ -30,9 +33,13 @@ from mtpo.training.metrics import (
 )
 from mtpo.training.optim import lr_factor, make_optimizer
 from mtpo.training.settings import TrainingSettings
+from mtpo.training.sharding import asked_for, honour_fsdp
 from mtpo.training.value import ValueTraining, prompt_ends
 
 Batch = dict[str, Tensor]
+
+FILLER = "is_filler"
+"""In rows and batches that count for nothing."""
 
 ZERO_MARGIN = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 0.02}
 """How far log p of one token may differ between two batches of the same weights: they differ in padding."""
@@ -87,14 +94,29 @@ class TrajectoryTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Indexed(rows),  # pyright: ignore[reportArgumentType]
-            data_collator=collator(pad_id, settings.layout),  # pyright: ignore[reportArgumentType]
+            train_dataset=_Indexed(rows, args.per_device_train_batch_size * args.world_size),  # pyright: ignore
+            data_collator=_WithoutFiller(collator(pad_id, settings.layout)),  # pyright: ignore
             processing_class=tokenizer,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the global count
         model.config.use_cache = use_cache  # Trainer switches it off, and would save the model so
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        honour_fsdp(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> AbstractContextManager[Any]:
+        """What DDP's forward pass does by itself. A cache would keep what FSDP2 has gathered and lets go of."""
+        if not self.is_fsdp_enabled:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(
+            self.args.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -106,7 +128,8 @@ class TrajectoryTrainer(Trainer):
             self.z0 = self._baseline(batches, "kl_")
         total = self.accelerator.gather(count).sum()  # pyright: ignore
         if self.settings.recipe.rows == "label":
-            desirable = torch.tensor(sum(int(batch["labels"].sum()) for batch in batches), device=device)
+            labels = [batch["labels"] for batch in batches if FILLER not in batch]
+            desirable = torch.tensor(sum(int(part.sum()) for part in labels), device=device)
             self.desirable_share = self.accelerator.gather(desirable).sum() / total  # pyright: ignore
         return batches, total
 
@@ -126,7 +149,8 @@ class TrajectoryTrainer(Trainer):
         if not torch.isfinite(out.loss):
             raise NotFinite(f"the loss is {out.loss.item()} on {self._names(inputs)}")
         count = self._count(inputs)
-        self._record(scores, out, inputs)
+        if count:
+            self._record(scores, out, inputs)
         # DDP averages gradients over processes, and so does the logged loss.
         return out.loss * (count / num_items_in_batch * self.accelerator.num_processes)
 
@@ -145,6 +169,8 @@ class TrajectoryTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.settings.optimizer == "muon" and asked_for():
+            raise InputError(f"optimizer 'muon' needs whole matrices, which {asked_for()} cuts up: use adamw")
         if self.optimizer is None:
             self.optimizer = make_optimizer(self.model if model is None else model, self.settings)  # pyright: ignore
         return self.optimizer
@@ -163,7 +189,7 @@ class TrajectoryTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.value is not None and self.is_world_process_zero():
+        if self.value is not None:
             self.value.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -175,7 +201,9 @@ class TrajectoryTrainer(Trainer):
         return SequentialSampler(self.train_dataset)  # pyright: ignore
 
     def _count(self, batch: Batch) -> int:
-        """What the loss is a mean over: rows, or action tokens where each token counts alike."""
+        """What the loss is a mean over: rows, or action tokens where each token counts alike; 0 of filler."""
+        if FILLER in batch:
+            return 0
         if self.settings.recipe.rows == "single":
             return int(batch["completion_mask"].sum())
         return len(batch["index"])
@@ -219,9 +247,8 @@ class TrajectoryTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 _, sums = self._score(self.model_wrapped, batch, prefix)  # pyright: ignore[reportArgumentType]
-            rho.append(
-                sums - masked_sum(batch[f"{prefix}ref_logps"].double(), batch[f"{prefix}completion_mask"])
-            )
+            ref_logps = masked_sum(batch[f"{prefix}ref_logps"].double(), batch[f"{prefix}completion_mask"])
+            rho.append((sums - ref_logps)[:0] if FILLER in batch else sums - ref_logps)
         return kto_baseline(torch.cat(rho))
 
     def _check_zero_margin(self, scores: Scores, batch: Batch) -> None:
@@ -252,13 +279,31 @@ class TrajectoryTrainer(Trainer):
 
 
 class _Indexed(torch.utils.data.Dataset[Row]):
-    """Rows that know their place, so that a guard can name them."""
+    """Rows that know their place, so that a guard can name them, and filler up to a multiple of `share`.
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    What all processes take at once is a share. Left to itself, accelerate would fill the last one with rows
+    of the first, which would be trained on once more.
+    """
+
+    def __init__(self, rows: Sequence[Row], share: int) -> None:
         self.rows = rows
+        self.length = math.ceil(len(rows) / share) * share
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.length
 
     def __getitem__(self, place: int) -> Row:
-        return self.rows[place] | {"index": place}
+        if place < len(self.rows):
+            return self.rows[place] | {"index": place}
+        return self.rows[-1] | {"index": len(self.rows) - 1, FILLER: True}
+
+
+@dataclass(frozen=True)
+class _WithoutFiller:
+    """Collates what is no filler, or else one row of it: every process has to take part in every forward pass."""
+
+    collate: Callable[[Sequence[Row]], Batch]
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        real = [row for row in rows if FILLER not in row]
+        return self.collate(real) if real else self.collate(rows[:1]) | {FILLER: torch.ones(1)}

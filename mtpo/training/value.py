@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -21,6 +23,7 @@ from mtpo.errors import InputError
 from mtpo.models import unwrapped
 from mtpo.training.optim import adamw, lr_factor
 from mtpo.training.settings import TrainingSettings
+from mtpo.training.sharding import asked_for, shard
 
 FILE = "value.pt"
 """In a checkpoint: weights, optimizer and schedule."""
@@ -65,7 +68,7 @@ class ValueNetwork(nn.Module):
         context = input_ids[:, : int(places.max()) + 1]
         hidden = self.backbone(input_ids=context, use_cache=False).last_hidden_state  # (B, P, D)
         read = hidden.take_along_dim(places[..., None], 1)  # (B, K, D)
-        values = self.head(read).squeeze(-1)
+        values = self.head(read).squeeze(-1).clone()  # no view: FSDP2 hangs a hook on what is returned
         return values if values.dtype == torch.float64 else values.float()
 
 
@@ -77,8 +80,9 @@ def prompt_ends(completion_mask: Tensor) -> Tensor:
 class ValueTraining(TrainerCallback):
     """Takes a step on the value network whenever the policy takes one.
 
-    The policy's trainer adds the value loss to its own, so one backward pass fills the gradients of both. The
-    network is whole on every process: here, not in the policy's wrapper, its gradients are averaged.
+    The policy's trainer adds the value loss to its own, so one backward pass fills the gradients of both. Where
+    the policy is sharded, by FSDP or DeepSpeed, FSDP2 shards the network; where it is whole on every process, its
+    gradients are averaged here, for it has no part in the policy's wrapper.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class ValueTraining(TrainerCallback):
             reward: of dro_v.
         """
         self.network = network.train()
+        if asked_for() and PartialState().num_processes > 1:
+            shard(network, frozenset(network.backbone._no_split_modules or ()))
         self.reward = reward
         self.max_grad_norm = settings.max_grad_norm
         learning_rate = settings.value_learning_rate or 5 * settings.learning_rate
@@ -103,7 +109,7 @@ class ValueTraining(TrainerCallback):
         processes = PartialState()
         if processes.num_processes > 1:
             for parameter in self.parameters:
-                if parameter.grad is not None:
+                if parameter.grad is not None and not isinstance(parameter, DTensor):
                     torch.distributed.all_reduce(parameter.grad)
                     parameter.grad /= processes.num_processes
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -112,11 +118,20 @@ class ValueTraining(TrainerCallback):
         self.optimizer.zero_grad()
 
     def save(self, folder: Path) -> None:
-        parts = {"network": self.network, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / FILE)
+        """Write one file of whole weights; to be called by all processes."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        network, optimizer = get_state_dict(self.network, self.optimizer, options=options)
+        if PartialState().is_main_process:
+            schedule = self.scheduler.state_dict()
+            torch.save({"network": network, "optimizer": optimizer, "scheduler": schedule}, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        saved = torch.load(folder / FILE, map_location=self.network.head.weight.device)
-        self.network.load_state_dict(saved["network"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        saved = torch.load(folder / FILE, map_location="cpu")
+        set_state_dict(
+            self.network,
+            self.optimizer,
+            model_state_dict=saved["network"],
+            optim_state_dict=saved["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )
         self.scheduler.load_state_dict(saved["scheduler"])
