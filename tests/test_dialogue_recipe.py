@@ -12,10 +12,12 @@ import pytest
 from data.trajectories import read_trajectories
 from eval.report import write_report
 from mtpo.batches import read_rows
+from mtpo.dialogue import transcript
 from mtpo.runs import read_json
 from mtpo.trajectory import Trajectory
 from recipes import dialogue, show
 from recipes.train import read_data
+from tests.fake_server import Answer, FakeServer
 
 SMALL = ("--limit", "3", "--max_turns", "4", "--max_turn_tokens", "24")
 Key = tuple[str, int]
@@ -94,6 +96,33 @@ def test_a_model_can_play_the_student(run: Path, tmp_path: Path) -> None:
     assert all(text.startswith(dialogue.TEACHER) for text in prompts)
 
 
+def test_a_language_model_judges_whole_talks_and_its_answers_are_kept(run: Path, tmp_path: Path) -> None:
+    def longer(body: dict[str, Any]) -> Answer:
+        """Prefers the conversation with more messages of the student."""
+        [message] = body["messages"]
+        first, second = message["content"].partition("--- Conversation 2 ---")[::2]
+        counts = [text.count("Student: ") for text in (first, second)]
+        verdict = "tie" if counts[0] == counts[1] else str(1 + (counts[1] > counts[0]))
+        return 200, {"choices": [{"message": {"role": "assistant", "content": f"Better: {verdict}"}}]}
+
+    model, out = str(run / "teacher" / "model"), tmp_path / "run"
+    server = FakeServer(longer, path="/v1/chat/completions")
+    try:
+        options = ["--model", model, "--system", "", "--samples", "4", *SMALL, "--out", str(out)]
+        options += ["--judge", "llm", "--judge_urls", server.url, "--judge_model", "j"]
+        assert dialogue.main(options) == 0
+        num_asked = len(server.requests)
+        assert dialogue.main([*options, "--resume"]) == 0
+        assert len(server.requests) == num_asked > 0
+    finally:
+        server.stop()
+    talks, rows = talks_of(out), read_rows(out / "labels" / "pairs.jsonl")  # at least one
+    for row in rows:
+        chosen, rejected = (talks[row["problem_id"], row[f"{s}_sample"]] for s in ("chosen", "rejected"))
+        assert transcript(chosen).count("Student: ") > transcript(rejected).count("Student: ")
+    assert read_json(out / "summary.json")["judge"]["answers from the cache"] == num_asked
+
+
 def unpacked(report: Path) -> Any:
     found = re.search(r'<script type="application/gzip" id="index">([^<]*)</script>', report.read_text())
     assert found
@@ -129,7 +158,9 @@ def test_a_talk_is_shown_in_the_terminal_with_its_mask(run: Path, capsys: pytest
         (["--topics", "gsm8k:test"], "--topics has no effect with the scripted student"),
         (["--judge", "none", "--per_problem", "2"], "--per_problem has no effect with --judge none"),
         (["--model", "m", "--demonstrations", "9"], "--demonstrations has no effect with --model"),
-        (["--student", "m"], "only what the scripted student understood is known: add --judge none"),
+        (["--student", "m"], "only what the scripted student understood is known"),
+        (["--judge", "llm"], "--judge llm needs --judge_urls and --judge_model"),
+        (["--judge_model", "m"], "--judge_model has no effect with --judge comprehension"),
         (["--student", "m", "--judge", "none", "--student_engine", "x"], "--engine must be one of"),
         (["--model", "./absent"], "tokenizer ./absent: no such folder"),
         (["--student", "./absent", "--judge", "none"], "tokenizer ./absent: no such folder"),
