@@ -273,10 +273,11 @@ def train_policy(folder: Path, current: str, reference: str, options: LoopOption
     if (out / "model").exists():
         return
     model, chat = load_policy(current, options.weights_dtype, options.attention)
+    data_file = folder / "labels" / f"{KINDS[options.recipe.rows]}.jsonl"
     needs_another = options.recipe.needs_reference and reference != current
     train(
         model,
-        read_rows(folder / "labels" / f"{KINDS[options.recipe.rows]}.jsonl"),
+        read_rows(data_file),
         options,
         out,
         reference_model=partial(
@@ -285,6 +286,7 @@ def train_policy(folder: Path, current: str, reference: str, options: LoopOption
         if needs_another
         else None,
         tokenizer=chat.tokenizer,
+        data_files=[data_file],
         resume=True,
     )
 

@@ -63,7 +63,15 @@ def train_supervised(config: Config) -> str:
     rows = [row for path in config.data for row in read_demonstrations(Path(path), tokenizer, config.limit)]
     model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
-    result = train(model, rows, config, folder.path, tokenizer=tokenizer, resume=config.resume)
+    result = train(
+        model,
+        rows,
+        config,
+        folder.path,
+        tokenizer=tokenizer,
+        data_files=[Path(path) for path in config.data],
+        resume=config.resume,
+    )
     folder.finish(summary(result))
     return f"{result.num_steps} steps on {result.num_rows} rows, {result.num_dropped} too long; model in {result.model}"
 

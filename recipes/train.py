@@ -69,6 +69,7 @@ def train_policy(config: Config) -> str:
         folder.path,
         reference_model=load_reference,
         tokenizer=tokenizer,
+        data_files=[rows_file(config.data, config.method)],
         resume=config.resume,
     )
     folder.finish(summary(result))
@@ -81,9 +82,18 @@ def read_data(data: str, method: str) -> list[Row]:
     Raises:
         InputError: there is no such file, the folder holds rows of another kind, or a row is broken.
     """
+    return read_rows(rows_file(data, method))
+
+
+def rows_file(data: str, method: str) -> Path:
+    """A file as it is, or the file of a label folder that this method takes.
+
+    Raises:
+        InputError: the folder holds rows of another kind.
+    """
     path = Path(data)
     if not path.is_dir():
-        return read_rows(path)
+        return path
     kind = KINDS[METHODS[method].rows]
     if not (path / f"{kind}.jsonl").exists():
         found = [k for k in KINDS.values() if (path / f"{k}.jsonl").exists()]
@@ -91,7 +101,7 @@ def read_data(data: str, method: str) -> list[Row]:
             f"--data {path} has no {kind}.jsonl, which method {method} trains on; "
             f"it has {', '.join(found) or 'no rows at all'}: use recipes.label --kind {kind}"
         )
-    return read_rows(path / f"{kind}.jsonl")
+    return path / f"{kind}.jsonl"
 
 
 def summary(result: TrainResult) -> dict[str, object]:

@@ -13,6 +13,8 @@ value.py      DRO-V's value network
 optim.py      AdamW, Muon, schedules
 memory.py     GPU memory that a run needs, told before it starts
 metrics.py    what a step reports, and when it warns
+card.py       the model card
+hub.py        pushing to the Hugging Face hub
 callbacks.py  progress bar, metrics file, checkpoints
 """
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,9 @@ from mtpo.models import fingerprint, require_exact_attention, unwrapped
 from mtpo.scoring import require_layout
 from mtpo.training.adapters import check_merge, merged, with_adapter
 from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
+from mtpo.training.card import RunFacts, file_digests, model_card
 from mtpo.training.guards import EqualGradients, check_one_bos
+from mtpo.training.hub import check_hub, push
 from mtpo.training.mismatch import with_mismatched
 from mtpo.training.precision import LostUpdates, keep_trained_weights_in_float32
 from mtpo.training.reference import add_reference_logps
@@ -57,12 +60,13 @@ def train(
     *,
     reference_model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    data_files: Sequence[Path] = (),
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
     """Train `model` in place and write it to `out`.
 
-    out/model          the final model or adapter (and tokenizer), written last and whole
+    out/model          the final model or adapter, with its card (and tokenizer), written last and whole
     out/checkpoint-N   the model after N steps, with what is needed to go on from there
     out/metrics.jsonl  one object a step
     out/reference      log-probs of the reference, by content
@@ -73,6 +77,7 @@ def train(
         rows: of the kind that the method takes; see `mtpo.batches`.
         reference_model: `model` as it is now, if None. Methods on single rows have none. Of a function that loads
             it, the model is let go of before training starts.
+        data_files: where the rows are from, for the model card.
         resume: go on from the last checkpoint in `out`, or start if there is none.
 
     Raises:
@@ -82,6 +87,7 @@ def train(
             or the attention implementation is not exact.
     """
     started, out = time.monotonic(), Path(out)
+    data = file_digests(data_files)
     require_exact_attention(model)
     checkpoint = last_checkpoint(out)
     if checkpoint is not None and not resume:
@@ -98,9 +104,11 @@ def train(
     args = training_arguments(settings, out)
     place_model(model, settings, args.device)
     starts_at_reference, value_network = False, None
+    reference_name = ""
     if settings.recipe.needs_reference:
         disable_dropout(model)
         reference = _loaded(reference_model) or model
+        reference_name = name_of(reference)
         starts_at_reference = checkpoint is None and (
             reference is model or fingerprint(reference) == fingerprint(model)
         )
@@ -133,14 +141,15 @@ def train(
         check_merge(policy, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     policy.eval()
-    save_model(trainer, out / "model", merge=settings.merge_adapter)
+    facts = RunFacts(name_of(model), reference_name, len(kept), num_dropped, data)
+    save_model(trainer, out / "model", merge=settings.merge_adapter, facts=facts)
     return TrainResult(
         model=out / "model",
         checkpoints=tuple(checkpoints_of(out)),
         num_steps=num_steps,
         num_rows=len(kept),
         num_dropped=num_dropped,
-        metrics=next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry),
+        metrics=last_metrics(trainer),
         seconds=time.monotonic() - started,
     )
 
@@ -241,6 +250,8 @@ def _usable_rows(
 
 
 def training_arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
+    if settings.hub_model_id is not None:
+        check_hub(settings.hub_model_id)
     args = TrainingArguments(
         output_dir=str(out),
         num_train_epochs=1,  # the rows come in the order of all epochs
@@ -297,14 +308,38 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
 
-def save_model(trainer: TrajectoryTrainer, folder: Path, *, merge: bool) -> None:
-    """Under another name first: a folder of this name is whole, whatever interrupts us."""
-    partial = folder.with_name(f".{folder.name}")
+def name_of(model: Any) -> str:
+    """The name or folder that a model was loaded from; empty if it was made here."""
+    return str(getattr(unwrapped(model), "name_or_path", ""))
+
+
+def last_metrics(trainer: TrajectoryTrainer) -> dict[str, float]:
+    return next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+
+
+def save_model(
+    trainer: TrajectoryTrainer, folder: Path, *, merge: bool, facts: RunFacts | None = None
+) -> None:
+    """Write the model, its tokenizer and its card, and push them where the settings say.
+
+    Under another name first: a folder of this name is whole, whatever interrupts us.
+    """
+    partial, settings = folder.with_name(f".{folder.name}"), trainer.settings
     if merge:
         trainer.model = merged(trainer.accelerator.unwrap_model(trainer.model))
     trainer.save_model(str(partial))
     if trainer.is_world_process_zero():
         (partial / "training_args.bin").unlink(missing_ok=True)
+        card = model_card(
+            settings,
+            facts or RunFacts(name_of(trainer.model)),
+            last_metrics(trainer),
+            family=unwrapped(trainer.model).config.model_type,  # pyright: ignore[reportArgumentType]
+            is_adapter=(partial / "adapter_config.json").exists(),
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        if settings.hub_model_id is not None:
+            push(folder, settings.hub_model_id, private=not settings.hub_public)
     trainer.accelerator.wait_for_everyone()

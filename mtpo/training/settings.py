@@ -139,6 +139,10 @@ class TrainingSettings:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "compute activations twice, to keep fewer"}
     )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "OWNER/NAME on the Hugging Face hub to push the trained model to"}
+    )
+    hub_public: bool = field(default=False, metadata={"help": "a repository made there is for everybody"})
     num_checkpoints: int = field(
         default=0, metadata={"help": "models to save on the way; a run resumes from the last one"}
     )
@@ -183,6 +187,8 @@ class TrainingSettings:
         for name in ("learning_rate", "max_grad_norm", "value_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.hub_public and self.hub_model_id is None:
+            raise InputError("hub_public has no effect without hub_model_id")
         if self.pure_bfloat16 and self.dtype != "bfloat16":
             raise InputError(f"pure_bfloat16 has no effect with dtype {self.dtype}")
         if not 0 <= self.final_lr_ratio <= 1:
