@@ -186,11 +186,10 @@ async def test_weights_do_not_change_under_a_request_but_may_after_it_is_cancell
 
 async def test_a_model_that_its_trainer_left_in_training_mode_samples_without_dropout() -> None:
     model = model_of("llama")
+    mlp = model.get_submodule("model.layers.0.mlp")
+    mlp.register_module("act_fn", torch.nn.Sequential(mlp.get_submodule("act_fn"), torch.nn.Dropout(0.9)))
     engine = TransformersEngine(model)
     expected = await engine.generate(PROMPTS[0], Sampling(8, NO_STOP))
-    model.model.layers[0].mlp.down_proj = torch.nn.Sequential(
-        model.model.layers[0].mlp.down_proj, torch.nn.Dropout(0.9)
-    )
     model.train()
     engine.weights_changed()
     assert (await engine.generate(PROMPTS[0], Sampling(8, NO_STOP))).logps == expected.logps

@@ -155,10 +155,11 @@ class TransformersEngine:
     async def _drive(self) -> None:
         """Step until nobody waits. The forward passes run in a thread, so that tools go on meanwhile."""
         loop = asyncio.get_running_loop()
-        self._policy.begin()
         try:
             while True:
                 self._drop_cancelled()
+                if self._waiting and not self._num_active:
+                    self._policy.begin()
                 first_new = self._num_active
                 self._admit()
                 if not self._num_active:
