@@ -191,6 +191,19 @@ def read_parquet(path: str | Path) -> Iterator[Trajectory]:
     Raises:
         InputError: there is no such file, it is not Parquet, or a row is not a trajectory.
     """
+    for place, row in parquet_rows(Path(path)):
+        try:
+            yield from_row(row)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a Parquet file, each with its place for messages: `FILE, row N`, counted from 0.
+
+    Raises:
+        InputError: there is no such file, or it is not Parquet.
+    """
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -201,12 +214,9 @@ def read_parquet(path: str | Path) -> Iterator[Trajectory]:
     except pa.ArrowInvalid as error:
         raise InputError(f"{path}: not a Parquet file: {error}") from None
     with file:
-        for start, batch in enumerate(file.iter_batches(batch_size=ROWS_AT_ONCE)):
-            for index, row in enumerate(batch.to_pylist(), start=start * ROWS_AT_ONCE):
-                try:
-                    yield from_row(row)
-                except InputError as error:
-                    raise InputError(f"{path}, row {index}: {error}") from None
+        rows = (row for batch in file.iter_batches(batch_size=ROWS_AT_ONCE) for row in batch.to_pylist())
+        for index, row in enumerate(rows):
+            yield f"{path}, row {index}", row
 
 
 def _write_parquet(rows: Iterable[Row], path: Path) -> int:

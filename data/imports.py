@@ -1,8 +1,10 @@
 """Trajectories of others: from their records to message lists that `mtpo.chat` can render into ids.
 
     turns                 question, gold, turns: [{role: assistant or tool, content}] (or that list as a JSON text)
-    chosen / rejected     two message lists, as published with arXiv 2409.02392; `prompt` in front if they lack it
-    messages              one message list
+    chosen / rejected     two message lists, as in RLHF4MATH/Gemma-7B-1.1-it-iter1-random-pairs; `prompt` in front if
+                          they lack it
+    prompt, completion    two message lists, as TRL has them
+    messages              one message list, as in RLHF4MATH/SFT_510K
     code, response, ...   a question and flat text with ```python and ```output fences, as ToRA's and MathCoder's;
                           a list of texts is several samples
 
@@ -23,7 +25,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.problems import file_lines, gold_answer, parse_object
+from data.export import parquet_rows
+from data.problems import file_lines, gold_answer, hub_rows, parse_object
 from mtpo.chat import ChatFormat, messages_from_flat_text
 from mtpo.errors import InputError
 from mtpo.trajectory import Problem, Trajectory
@@ -33,6 +36,7 @@ logger = logging.getLogger(__name__)
 QUESTION_KEYS = ("question", "problem", "prompt", "input")
 FLAT_TEXT_KEYS = ("code", "response", "completion", "generation", "output")
 GOLD_KEYS = ("gold", "gt", "ground_truth", "answer")
+_HUB_SET = re.compile(r"(\w[\w.-]*/[\w.-]+):([\w.-]+)")
 _SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.DOTALL)
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 _NOT_METADATA = {"turns", "chosen", "rejected", "messages", *QUESTION_KEYS, *FLAT_TEXT_KEYS}
@@ -50,23 +54,26 @@ class ForeignTrajectory:
     """Role and content, beginning with the question."""
     metadata: dict[str, Any]
     """The record's other fields; `side` is `chosen` or `rejected` for a pair, `sample` counts texts of a list."""
+    place: str = ""
+    """Where its record stands, for messages: `FILE, line N`."""
 
 
-def read_foreign(path: str | Path) -> Iterator[ForeignTrajectory]:
-    """The trajectories of a .jsonl or .jsonl.gz file in any of the forms above, in order.
+def read_foreign(source: str | Path) -> Iterator[ForeignTrajectory]:
+    """The trajectories of a .jsonl, .jsonl.gz or .parquet file, or of `OWNER/NAME:SPLIT` on the hub, in order.
 
     A problem's id is `DATASET:SPLIT/INDEX` if the record has these fields, as in `load_problems`, else its
     `problem_id`, else `FILE/INDEX` with the line's index from 0.
 
     Raises:
-        InputError: there is no such file, or a record is broken; names file and line.
+        InputError: there is no such file or data set, or a record is broken; names file and line.
     """
-    path = Path(path)
-    for index, (place, line) in enumerate(file_lines(path)):
-        if not line.strip():
+    name, rows = _source_rows(source)
+    for index, (place, row) in enumerate(rows):
+        if isinstance(row, bytes) and not row.strip():
             continue
         try:
-            yield from _from_row(parse_object(line), f"{path.name.split('.')[0]}/{index}")
+            fields = parse_object(row) if isinstance(row, bytes) else row
+            yield from _from_row(fields, f"{name}/{index}", place)
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
 
@@ -107,7 +114,17 @@ def import_file(path: str | Path, chat: ChatFormat) -> Imported:
     return Imported(list(problems.values()), trajectories, refused)
 
 
-def _from_row(row: dict[str, Any], default_id: str) -> Iterator[ForeignTrajectory]:
+def _source_rows(source: str | Path) -> tuple[str, Iterator[tuple[str, bytes | Mapping[str, Any]]]]:
+    """What ids of a file or data set begin with, and its rows."""
+    path = Path(source)
+    if path.suffix == ".parquet":
+        return path.stem, parquet_rows(path)
+    if (hub := _HUB_SET.fullmatch(str(source))) and not path.exists():
+        return hub[1], hub_rows(hub[1], (None,), hub[2], "a local copy is loaded by its path: FILE.parquet")
+    return path.name.split(".")[0], file_lines(path)
+
+
+def _from_row(row: Mapping[str, Any], default_id: str, place: str) -> Iterator[ForeignTrajectory]:
     if all(row.get(key) is not None for key in ("dataset", "split", "index")):
         problem_id = f"{row['dataset']}:{row['split']}/{row['index']}"
     else:
@@ -118,7 +135,7 @@ def _from_row(row: dict[str, Any], default_id: str) -> Iterator[ForeignTrajector
         question = next((m["content"] for m in messages if m["role"] == "user"), None)
         if question is None:
             raise InputError("the messages hold no question: expected a message with the role 'user'")
-        yield ForeignTrajectory(Problem(problem_id, question, gold), messages, metadata | note)
+        yield ForeignTrajectory(Problem(problem_id, question, gold), messages, metadata | note, place)
 
 
 def _conversations(row: Mapping[str, Any]) -> Iterator[tuple[list[Message], dict[str, Any]]]:
@@ -133,6 +150,8 @@ def _conversations(row: Mapping[str, Any]) -> Iterator[tuple[list[Message], dict
             if messages[0]["role"] == "assistant":
                 messages = [*_prompt(row), *messages]
             yield messages, {"side": side}
+    elif isinstance(row.get("completion"), list) and all(isinstance(m, dict) for m in row["completion"]):
+        yield [*_prompt(row), *_messages(row["completion"], "completion")], {}
     elif row.get("messages") is not None:
         yield _messages(row["messages"], "messages"), {}
     elif text_key is not None:

@@ -263,7 +263,7 @@ def _resolve(spec: str) -> tuple[str, Iterator[Row]]:
         if at:
             return f"{name}:{split}", _local_rows(Path(path), split, known.configs)
         hint = f"for a local copy write {name}:{split}@FILE.jsonl or {name}:{split}@FOLDER"
-        return f"{name}:{split}", _hub_rows(known.name, known.configs, split, hint)
+        return f"{name}:{split}", hub_rows(known.name, known.configs, split, hint)
     if Path(spec).is_file():
         return Path(spec).name.split(".")[0], _file_rows(Path(spec))
     path, _, split = spec.rpartition(":")
@@ -272,7 +272,7 @@ def _resolve(spec: str) -> tuple[str, Iterator[Row]]:
     name, *config, split = spec.split(":") if path else (spec, "")
     if name.count("/") == 1 and split and len(config) <= 1 and name[0] not in "./~":
         hint = "a local copy is loaded by its path: FILE.jsonl or FOLDER:SPLIT"
-        return spec, _hub_rows(name, (config[0] if config else None,), split, hint)
+        return spec, hub_rows(name, (config[0] if config else None,), split, hint)
     raise InputError(
         f"{spec}: no such file, and no problem set; expected gsm8k:SPLIT, math:SPLIT, math500, generated:SPLIT, "
         "a .jsonl file, FOLDER:SPLIT or OWNER/NAME:SPLIT"
@@ -290,10 +290,15 @@ def _local_rows(path: Path, split: str, configs: tuple[str | None, ...]) -> Iter
     for file in (path / f"{split}.jsonl", path / f"{split}.jsonl.gz"):
         if file.exists():
             return _file_rows(file)
-    return _hub_rows(str(path), configs, split, f"expected {split}.jsonl or a copy of a hub repository there")
+    return hub_rows(str(path), configs, split, f"expected {split}.jsonl or a copy of a hub repository there")
 
 
-def _hub_rows(name: str, configs: tuple[str | None, ...], split: str, hint: str) -> Iterator[Row]:
+def hub_rows(name: str, configs: tuple[str | None, ...], split: str, hint: str) -> Iterator[Row]:
+    """The rows of a data set on the hub, or of a local copy of its repository, each with its place for messages.
+
+    Raises:
+        InputError: the set cannot be loaded; ends with `hint`.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

@@ -1,9 +1,11 @@
+import dataclasses
 import gzip
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from data.imports import read_foreign
@@ -40,6 +42,7 @@ def write_rows(path: Path, *rows: Any) -> Path:
         {"question": "What is 3 + 4?", "gt": "7", "code": [FLAT], "pred": ["7"]},
         {"problem": "What is 3 + 4?", "answer": "7", "response": FLAT},
         {"messages": [QUESTION, *TURNS], "answer": 7.0},
+        {"prompt": [QUESTION], "completion": TURNS, "gold": "7"},
     ],
 )
 def test_every_form_gives_the_same_messages_and_problem(tmp_path: Path, row: Any) -> None:
@@ -111,6 +114,26 @@ def test_a_broken_record_names_file_and_line(tmp_path: Path, row: Any, complaint
     with pytest.raises(InputError, match=rf"toy\.jsonl\.gz, line 2: {complaint}") as raised:
         next(found)
     assert "\n" not in str(raised.value)
+
+
+def test_parquet_and_the_hub_give_what_a_file_of_lines_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"gold": str(n), "messages": [QUESTION, *TURNS]} for n in range(3)]
+    [*expected] = read_foreign(write_rows(tmp_path / "toy.jsonl", *rows))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "toy.parquet")
+    found = list(read_foreign(tmp_path / "toy.parquet"))
+    places = [f"{tmp_path / 'toy.parquet'}, row {n}" for n in range(3)]
+    assert [foreign.place for foreign in found] == places
+    assert [dataclasses.replace(foreign, place="") for foreign in found] == [
+        dataclasses.replace(foreign, place="") for foreign in expected
+    ]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, split: rows if split == "train" else None
+    )
+    assert [f.problem.id for f in read_foreign("me/toy:train")] == ["me/toy/0", "me/toy/1", "me/toy/2"]
+    with pytest.raises(InputError, match="nowhere: no such file"):
+        next(read_foreign("me/nowhere"))
 
 
 @needs_shared_data
