@@ -166,13 +166,13 @@ def game_judge(game: TreeGame) -> CallableJudge:
     return CallableJudge(prefer)
 
 
-def game_table(game: TreeGame, judge: Any = None, max_in_flight: int = 512) -> Table:
+def game_table(game: TreeGame, judge: Any = None, environment: GameEnvironment | None = None) -> Table:
     @contextlib.asynccontextmanager
-    async def environment() -> AsyncIterator[GameEnvironment]:
-        yield GameEnvironment(game)
+    async def opened() -> AsyncIterator[GameEnvironment]:
+        yield environment or GameEnvironment(game)
 
     chat: Any = GameChat(game.mu.shape[1])
-    return Table(chat, environment, judge or game_judge(game), max_in_flight=max_in_flight)
+    return Table(chat, opened, judge or game_judge(game), max_in_flight=512)
 
 
 def play_game(game: TreeGame, start: Any, settings: OnlineSettings, out: Path, **options: Any) -> np.ndarray:
@@ -185,7 +185,7 @@ def play_game(game: TreeGame, start: Any, settings: OnlineSettings, out: Path, *
         options.pop("table", None) or game_table(game),
         STORAGE,
         out,
-        reference_model=table_policy(game.mu),
+        reference_model=options.pop("reference", None) or table_policy(game.mu),
         progress=False,
         **options,
     )

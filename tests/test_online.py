@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from mtpo.errors import InputError
+from mtpo.errors import GuardError, InputError, JudgeUnavailable
+from mtpo.judges import CallableJudge
 from mtpo.samplers import CURRENT, ema, geo_mix
+from mtpo.scoring import batch_logps
 from mtpo.tabular import TreeGame, cyclic_preference
-from mtpo.training.online import prompt_order
+from mtpo.training import trainer
+from mtpo.training.online import Paused, prompt_order
 from mtpo.training.online_methods import ONLINE_METHODS
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.plays import Play, rows_of
 from mtpo.trajectory import Problem, Segment, StopReason, Trajectory
-from tests.games import game_judge, game_table, play_game
+from tests.games import STORAGE, GameEnvironment, GameSession, game_judge, game_table, play_game, table_policy
 
 GAME = TreeGame.one_turn(cyclic_preference(), [1 / 3, 1 / 3, 1 / 3])
 START = [0.6, 0.3, 0.1]
@@ -106,6 +111,171 @@ def test_every_method_takes_its_steps_and_moves_the_policy(method: str, tmp_path
     assert all(np.isfinite(step["loss"]) and step["num/played"] == 8 for step in steps)
     assert np.abs(pi[0] - START).max() > 0.01
     assert (tmp_path / "model" / "config.json").exists()
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """No handler of ours catches it: files stay as they are."""
+
+
+class Moves(GameEnvironment):
+    """Counts turns, and is killed at one of them."""
+
+    def __init__(self, killed_at: int = 10**9) -> None:
+        super().__init__(GAME)
+        self.count, self.killed_at = 0, killed_at
+
+    def begin(self, problem: Problem) -> GameSession:
+        self.count += 1
+        if self.count == self.killed_at:
+            raise Killed
+        return super().begin(problem)
+
+
+class Verdicts:
+    """The game's judge, that fails at one of its judgements."""
+
+    def __init__(self, error: BaseException | None = None, fails_at: int = 10**9) -> None:
+        self.count, self.error, self.fails_at = 0, error, fails_at
+        self.counts: Any = None
+
+    async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float:
+        self.count += 1
+        if self.count == self.fails_at and self.error is not None:
+            raise self.error
+        return float(GAME.preference[first.metadata["final"], second.metadata["final"]])
+
+
+RESUMABLE = {
+    "mtpo": settings("mtpo", sync_steps=2, num_checkpoints=1),
+    "nash_ema": settings("nash_ema", tau=0.1, ema_decay=0.5, sync_steps=2, num_checkpoints=2),
+    "ipo_md": settings("ipo_md", micro_batch_size=2),
+}
+"""Six steps of 8 prompts: 96 trajectories, 48 judgements."""
+
+
+def run(method: str, out: Path, moves: Moves, judge: Any, *, resume: bool = False) -> np.ndarray:
+    table = game_table(GAME, judge, environment=moves)
+    return play_game(GAME, START, RESUMABLE[method], out, table=table, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {method: run(method, folder / method, Moves(), Verdicts()) for method in RESUMABLE}
+
+
+@pytest.mark.parametrize("method", RESUMABLE)
+@pytest.mark.parametrize("killed_at", [5, 50, 90])
+def test_a_run_killed_while_it_samples_ends_with_the_same_weights(
+    method: str, killed_at: int, uninterrupted: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    first, second = Moves(killed_at), Moves()
+    with pytest.raises(Killed):
+        run(method, tmp_path, first, Verdicts())
+    assert (run(method, tmp_path, second, Verdicts(), resume=True) == uninterrupted[method]).all()
+    kept = len(list_trajectories(tmp_path)) - second.count
+    assert kept == 96 - second.count > 0 or killed_at == 5  # what was finished was not played again
+
+
+@pytest.mark.parametrize("method", RESUMABLE)
+def test_a_judge_that_is_down_pauses_the_run_and_nothing_is_lost(
+    method: str, uninterrupted: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    moves, again = Moves(), Moves()
+    with pytest.raises(Paused, match=r"^paused after step \d of 6, nothing is lost: the judge is out$"):
+        run(method, tmp_path, moves, Verdicts(JudgeUnavailable("the judge is out"), fails_at=37))
+    assert (run(method, tmp_path, again, Verdicts(), resume=True) == uninterrupted[method]).all()
+    assert moves.count + again.count == 96
+    assert len(steps_of(tmp_path)) == 6
+
+
+def list_trajectories(out: Path) -> list[Trajectory]:
+    return [t for folder in sorted(out.glob("rounds/*/*/trajectories")) for t in STORAGE.read(folder)]
+
+
+def test_a_run_is_not_gone_on_with_by_accident(tmp_path: Path) -> None:
+    run("mtpo", tmp_path, Moves(), Verdicts())
+    with pytest.raises(InputError, match="holds checkpoint-3 of an earlier run"):
+        run("mtpo", tmp_path, Moves(), Verdicts())
+
+
+def test_pairs_that_no_one_can_judge_are_dropped_and_counted(tmp_path: Path) -> None:
+    def prefer(first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
+        return None if first.metadata["final"] == 0 else 1.0 if first.metadata["final"] == 1 else 0.5
+
+    table = game_table(GAME, CallableJudge(prefer))
+    chosen = settings("online_dpo", epochs=32, batch_size=16, micro_batch_size=2)
+    play_game(GAME, START, chosen, tmp_path, table=table)
+    for step in steps_of(tmp_path):
+        assert 0 < step["num/unjudged"] < step["num/dropped"] < 16
+        assert step["num/trajectory"] == 2 * (16 - step["num/dropped"])
+
+
+def test_a_step_without_a_judgement_changes_nothing_and_too_many_end_the_run(tmp_path: Path) -> None:
+    table = game_table(GAME, CallableJudge(lambda first, second, problem: None))
+    options = settings("mtpo", max_skipped_steps=2, epochs=16)
+    pi = play_game(GAME, START, options, tmp_path / "few", table=table)
+    assert pi[0] == pytest.approx(START)
+    assert [step["skipped_steps"] for step in steps_of(tmp_path / "few")] == [1, 2]
+    with pytest.raises(GuardError, match="3 steps had no finite gradient, or nothing to learn from"):
+        play_game(GAME, START, settings("mtpo", max_skipped_steps=2), tmp_path / "many", table=table)
+
+
+def test_a_ratio_that_is_not_finite_skips_its_step(tmp_path: Path) -> None:
+    """The reference never plays what the policy plays now and then."""
+    options = settings("online_ipo", batch_size=2, epochs=20, lr_schedule="constant")
+    reference = table_policy(GAME.mu)
+    with torch.no_grad():
+        reference.head.bias[-1] = -torch.inf
+    play_game(GAME, START, options, tmp_path, reference=reference)
+    steps = steps_of(tmp_path)
+    skipped = [step["skipped_steps"] for step in steps]
+    assert 0 < skipped[-1] < 10
+    played = [STORAGE.read(folder) for folder in sorted(tmp_path.glob("rounds/*/*/trajectories"))]
+    forbidden = [any(t.metadata["final"] == 2 for t in trajectories) for trajectories in played]
+    assert skipped == np.cumsum(forbidden).tolist()
+
+
+def test_a_loss_that_is_not_finite_leaves_weights_and_momenta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps, the second of which fails, are one step."""
+    options = {"lr_schedule": "constant", "value_learning_rate": 0.3}
+    once = play_game(GAME, START, settings("mtpo", epochs=8, **options), tmp_path / "one")
+    calls = itertools.count()
+
+    def broken(*args: Any) -> torch.Tensor:
+        return batch_logps(*args) * (torch.inf if next(calls) == 1 else 1)
+
+    monkeypatch.setattr(trainer, "batch_logps", broken)
+    twice = play_game(GAME, START, settings("mtpo", epochs=16, **options), tmp_path / "two")
+    assert (once == twice).all()
+    assert steps_of(tmp_path / "two")[-1]["skipped_steps"] == 1
+
+
+def test_the_policy_stands_still_while_its_values_warm_up(tmp_path: Path) -> None:
+    pi = play_game(GAME, START, settings("mtpo", epochs=16, value_warmup_steps=2), tmp_path)
+    assert pi[0] == pytest.approx(START)
+    first, second = steps_of(tmp_path)
+    assert first["value"] == 0 != second["value"]
+
+
+def test_accumulation_changes_no_step_of_mtpo(tmp_path: Path) -> None:
+    """Advantages are normalised over the whole batch."""
+    whole, parts = (
+        play_game(GAME, START, settings("mtpo", epochs=16, micro_batch_size=size), tmp_path / str(size))
+        for size in (8, 2)
+    )
+    assert whole == pytest.approx(parts, abs=1e-5)
+    assert np.abs(whole[0] - START).max() > 0.01
+
+
+def test_a_method_of_single_trajectories_needs_a_judge_of_them(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rewards single trajectories, which CallableJudge cannot"):
+        play_game(GAME, START, settings("rlhf"), tmp_path)
 
 
 class FirstActionIsRight:

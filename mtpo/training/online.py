@@ -70,9 +70,9 @@ def train_online(
             whose the policy is the reference.
 
     Raises:
-        InputError: too few problems for a step, a batch that does not divide over the devices, a model that cannot
-            be mixed with its reference, a judge that the method cannot use, or `out` holds checkpoints and `resume`
-            is not set.
+        InputError: too few problems for a step, a batch that does not divide over the devices, a sharded model or one
+            that cannot be mixed with its reference, a judge that the method cannot use, or `out` holds checkpoints
+            and `resume` is not set.
         GuardError: too many steps were skipped, or engine and trainer do not agree on log-probs.
         Paused: the judge cannot be asked. A checkpoint was written; resuming loses nothing.
     """
@@ -122,8 +122,12 @@ def train_online(
             starts_at_reference=starts_at_reference,
             value=value,
         )
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise InputError(
+                "online training samples in the trainer's process, and needs the whole policy there"
+            )
         if settings.merge_adapter:
-            check_merge(policy, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+            check_merge(policy, is_sharded=False)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EnvironmentFault as error:

@@ -26,6 +26,7 @@ from mtpo.errors import GuardError
 from mtpo.logprobs import action_logps
 from mtpo.losses import LossOut
 from mtpo.samplers import CURRENT, PolicySamplers
+from mtpo.scoring import batch_logps
 from mtpo.training.guards import engine_gap
 from mtpo.training.methods import Scores
 from mtpo.training.online_methods import moments, turns_of
@@ -120,19 +121,19 @@ class OnlineTrainer(TrajectoryTrainer):
             return _idle(self.args.device)
         rows = [self.rows[place] | {"index": place} for place in places]
         batch: Any = self._prepare_inputs(self.collate(rows))
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                return batch | {"ref_logps": self._reference_logps(batch)}
-        except NotFinite as error:
-            self._break(f"reference: {error}")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            ref_logps = self._reference_logps(batch)
+        if not torch.isfinite(ref_logps).all():
+            self._break(f"the reference's log-probs are not finite on {self._names(batch)}")
             return _idle(self.args.device)
+        return batch | {"ref_logps": ref_logps}
 
     def _reference_logps(self, batch: Batch) -> Tensor:
         if self.reference is not None:
-            return self._score(self.reference, batch)[0]
+            return batch_logps(self.reference, batch)
         policy: Any = self.accelerator.unwrap_model(self.model)
         with policy.disable_adapter():
-            return self._score(self.model_wrapped, batch)[0]  # pyright: ignore[reportArgumentType]
+            return batch_logps(self.model_wrapped, batch)  # pyright: ignore[reportArgumentType]
 
     def _check_engine(self, plays: Sequence[Play]) -> None:
         """Before the first step the policy's engine and the trainer have the same weights, and must agree."""
@@ -191,6 +192,8 @@ class OnlineTrainer(TrajectoryTrainer):
         ids, values = turn_ids(batch["completion_mask"]), None
         if self.value is not None:
             values = self.value.network(batch["input_ids"], turn_starts(ids))
+            if not torch.isfinite(values).all():
+                raise NotFinite(f"values are not finite on {self._names(batch)}")
         return dataclasses.replace(
             super()._scores(model, batch),
             rewards=batch.get("rewards"),

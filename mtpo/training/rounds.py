@@ -158,6 +158,8 @@ class Rounds:
 
     async def _complete(self, number: int, prompts: Sequence[Problem], folder: Path) -> None:
         """Sample and judge what is missing of a round."""
+        # A problem may come again, in another round or another process, and shall be another draw.
+        seed = turn_seed(self._settings.seed, "round", number, PartialState().process_index)
         with self._storage.open(folder / "trajectories") as journal:
             for sampler, samples, first_sample, problems in self._calls(prompts):
                 trajectories = rollout(
@@ -169,7 +171,7 @@ class Rounds:
                     first_sample=first_sample,
                     decoding=self._table.decoding,
                     limits=self._table.limits,
-                    seed=turn_seed(self._settings.seed, "round", number, 0),
+                    seed=seed,
                     system=self._table.system,
                     policy=sampler.name,
                     iteration=number,
