@@ -1,6 +1,7 @@
 """The dialogue recipe from a tiny teacher to pairs, and what its folder looks like to the other recipes."""
 
 import base64
+import contextlib
 import gzip
 import json
 import re
@@ -9,11 +10,20 @@ from typing import Any
 
 import pytest
 
-from data.trajectories import read_trajectories
+from data.topics import lesson_problems, lessons
+from data.trajectories import Journal, read_trajectories
 from eval.report import write_report
 from mtpo.batches import read_rows
-from mtpo.dialogue import transcript
+from mtpo.chat import ChatFormat
+from mtpo.dialogue import Dialogue, prefer_comprehension, transcript
+from mtpo.judges import CallableJudge
+from mtpo.models import fingerprint, load_model, load_tokenizer
+from mtpo.rollout import RolloutLimits
 from mtpo.runs import read_json
+from mtpo.students import ScriptedStudents
+from mtpo.training.online import train_online
+from mtpo.training.online_settings import OnlineSettings
+from mtpo.training.rounds import Storage, Table
 from mtpo.trajectory import Trajectory
 from recipes import dialogue, show
 from recipes.train import read_data
@@ -121,6 +131,27 @@ def test_a_language_model_judges_whole_talks_and_its_answers_are_kept(run: Path,
         chosen, rejected = (talks[row["problem_id"], row[f"{s}_sample"]] for s in ("chosen", "rejected"))
         assert transcript(chosen).count("Student: ") > transcript(rejected).count("Student: ")
     assert read_json(out / "summary.json")["judge"]["answers from the cache"] == num_asked
+
+
+@pytest.mark.parametrize("method", ["mtpo", "online_ipo"])
+def test_an_online_method_learns_from_its_own_talks(run: Path, tmp_path: Path, method: str) -> None:
+    model = run / "teacher" / "model"
+    tokenizer = load_tokenizer(model)
+    environment = Dialogue(ScriptedStudents(lessons(), attention=1.0))
+    table = Table(
+        ChatFormat.for_tokenizer(tokenizer),
+        lambda: contextlib.nullcontext(environment),
+        CallableJudge(prefer_comprehension),
+        limits=RolloutLimits(max_turns=2, max_turn_tokens=24),
+    )
+    settings = OnlineSettings(method=method, learning_rate=1e-4, batch_size=3, epochs=2)
+    storage, problems = Storage(Journal, read_trajectories), lesson_problems()[:3]
+    train_online(
+        load_model(model), problems, settings, table, storage, tmp_path, tokenizer=tokenizer, progress=False
+    )
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [step["num/judged"] for step in steps] == [3, 3]
+    assert fingerprint(load_model(tmp_path / "model")) != fingerprint(load_model(model))
 
 
 def unpacked(report: Path) -> Any:
