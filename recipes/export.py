@@ -105,10 +105,12 @@ def export_conversations(source: Path, runs: Sequence[Path], tokenizer: str | No
     """Write the rows of `source` as text, which is that of the runs' trajectories.
 
     Raises:
-        InputError: there are no rows, or a trajectory of theirs is in none of the runs.
+        InputError: there are no rows, a trajectory of theirs is in none of the runs, or nothing names a tokenizer.
     """
     rows = read_rows(rows_file(source))
-    model = tokenizer or read_json(runs[0] / "config.json")["options"]["model"]
+    model = tokenizer or read_json(runs[0] / "config.json")["options"].get("model")
+    if model is None:
+        raise InputError(f"{runs[0]} does not say which model it sampled from: expected --tokenizer")
     chat = ChatFormat.for_tokenizer(load_tokenizer(model))
     trajectories = (t for run in runs for t in read_trajectories(run / "trajectories"))
     write_jsonl(out, conversation_rows(rows, trajectories, chat))

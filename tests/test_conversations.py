@@ -192,6 +192,17 @@ def test_the_recipe_refuses_what_it_cannot_write(
     assert message in capsys.readouterr().err and not list(tmp_path.glob("rows.*"))
 
 
+def test_a_run_that_names_no_model_needs_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, labels, _ = run_folders(tmp_path, "pairs")
+    write_json(run / "config.json", {"options": {}})
+    argv = ["--trajectories", str(run), "--rows", str(labels), "--out", str(tmp_path / "o.jsonl")]
+    assert export.main(argv) == 1
+    assert "does not say which model it sampled from: expected --tokenizer" in capsys.readouterr().err
+    assert export.main([*argv, "--tokenizer", str(tmp_path / "model")]) == 0
+
+
 def test_a_label_folder_of_two_kinds_does_not_say_which(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -192,7 +192,9 @@ def test_a_reference_scored_beforehand_trains_alike(config: Any, tmp_path: Path)
     rows = tiny_pairs(4) if config is DPOConfig else tiny_labels(4)
     losses = []
     for name, is_precomputed in (("each step", False), ("once", True)):
-        args = config(str(tmp_path / name), precompute_ref_log_probs=is_precomputed, **options())
+        args = config(
+            str(tmp_path / name), precompute_ref_log_probs=is_precomputed, eval_strategy="epoch", **options()
+        )
         policy, reference = policy_and_reference()
         trainer = trl_trainer(policy, rows, args, ref_model=reference, eval_dataset=rows)
         trainer.train()
@@ -244,6 +246,11 @@ def test_rows_may_come_from_a_file_and_the_model_from_a_folder(tmp_path: Path) -
     trainer.train()
     losses = logged(trainer)
     assert losses[0] == pytest.approx(math.log(2), rel=1e-6) and losses[2] < losses[0]
+    undesirable = datasets.Dataset.from_list([row for row in tiny_labels(4) if not row["label"]])
+    args = KTOConfig(str(tmp_path / "kto"), model_init_kwargs={"dtype": "float32"}, **options())
+    trainer = MultiTurnKTOTrainer(str(tmp_path / "model"), args=args, train_dataset=undesirable)
+    trainer.train()
+    assert logged(trainer)[0] == pytest.approx(1 / 2, rel=1e-6) and logged(trainer)[2] < 1 / 2
 
 
 def test_a_reference_that_is_not_the_policy_as_it_starts_is_noticed(tmp_path: Path) -> None:

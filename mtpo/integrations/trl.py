@@ -255,7 +255,7 @@ def _check_zero_margin(trainer: Any, batch: Mapping[str, Tensor]) -> None:
     longest = batch["completion_mask"].sum(-1).max().item()
     tolerance = trainer.beta * (ZERO_MARGIN.get(dtype, ZERO_MARGIN[torch.bfloat16]) * longest + 1e-4)
     for name in ("rewards/chosen", "rewards/rejected"):
-        rewards = trainer._metrics["train"][name]
+        rewards = trainer._metrics["train"].get(name)  # none of a batch without that class
         if rewards and abs(rewards[-1]) > tolerance:
             raise GuardError(
                 f"the reference is to be the policy as it starts, but {name} is {rewards[-1]:.3g} before the first "
