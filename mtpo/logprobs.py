@@ -177,7 +177,11 @@ def logps_of(actions: Actions) -> Readout:
 
 
 def logps_after(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target, (N,), after its hidden state, (N, H); `model` is unwrapped."""
+    """log p of each target, (N,), after its hidden state, (N, H); `model` is unwrapped.
+
+    On every device this is our own: TRL's fused kernel rounds the logits of a bfloat16 model to bfloat16, which near
+    Gemma 2's cap of 30 costs 0.015 nats a token.
+    """
     normalizers = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
 
     def value(logits: Tensor, tile: slice) -> Tensor:

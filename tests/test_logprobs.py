@@ -107,6 +107,22 @@ def test_bfloat16_rounds_no_logit_to_half_precision() -> None:
     torch.testing.assert_close(actual[:, 1:][on].double(), exact[on], rtol=0, atol=1e-4)
 
 
+def test_the_fused_head_of_trl_is_not_taken_since_it_rounds_logits() -> None:
+    """It writes each tile of logits in the type of the weights, on a GPU too: steps of 0.125 near Gemma 2's cap."""
+    kernel = pytest.importorskip("trl.kernels").ChunkedLogProbFunction
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator, dtype=torch.bfloat16)
+    targets = torch.randint(0, 48, (64,), generator=generator)
+    model = tiny_model("gemma2", dtype=torch.bfloat16, std=4.0)
+    weight = model.lm_head.weight.detach()
+    exact = (30 * torch.tanh(hidden.double() @ weight.double().T / 30)).log_softmax(-1)
+    exact = exact.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():
+        fused = kernel.apply(hidden, weight, None, targets, 1.0, 32768, 30.0)[0].double()
+        ours = logprobs.logps_after(model, hidden, targets).double()
+    assert (ours - exact).abs().max() < 1e-4 < 0.01 < (fused - exact).abs().max()
+
+
 def test_off_the_mask_is_zero_and_gets_no_gradient() -> None:
     model, rows = tiny_model("gemma2", std=0.3), batch()
     logps = action_logps(model, **rows)
