@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtpo.errors import InputError
@@ -70,6 +70,15 @@ async def test_faults_and_what_cannot_be_graded_give_no_label_and_are_counted() 
         assert judge.counts == {"environment fault": 2, "ungraded": 1}
 
 
+async def test_a_single_trajectory_is_rewarded_by_its_grade() -> None:
+    judge = VerifierJudge()
+    unfinished = attempt(RIGHT, stop_reason=StopReason.TOKEN_LIMIT)
+    fault = attempt(RIGHT, stop_reason=StopReason.ENVIRONMENT_FAULT)
+    attempts = (attempt(RIGHT), attempt(WRONG), unfinished, fault)
+    assert [await judge.reward(each, PROBLEM) for each in attempts] == [1.0, 0.0, 0.0, None]
+    assert judge.counts == {"judged": 3, "environment fault": 1}
+
+
 async def test_the_graders_options_hold() -> None:
     problem = Problem("toy/1", "Which?", "7", joined_answer="5, 7")
     both, neither = attempt("$\\boxed{5}$ or $\\boxed{7}$"), attempt(WRONG)
@@ -109,6 +118,7 @@ costs = st.tuples(st.integers(1, 4), st.integers(4, 20), st.integers(0, 3), st.s
     other=costs,
     table=st.lists(st.floats(0, 1), min_size=2, max_size=2),
 )
+@example(one=(1, 4, 0, RIGHT), other=(1, 5, 0, RIGHT), table=[0.9, 0.97])  # where rounding would show
 async def test_every_judge_is_symmetric_to_the_last_bit(one, other, table: Sequence[float]) -> None:
     first, second = (
         costing(turns, tokens, min(failures, turns - 1), text)

@@ -240,15 +240,23 @@ async def test_the_same_judge_goes_on_when_its_server_is_back() -> None:
 
 
 async def test_nonsense_for_pair_after_pair_pauses_the_run() -> None:
-    with served(lambda _: says("I am a teapot.")) as server:
+    def nonsense(body: dict[str, Any]) -> Answer:
+        return says("I am a teapot.")
+
+    with served(nonsense) as server:
         async with asking(server, max_asks=1, max_unlabelled=3) as judge:
-            assert [await judge.prefer(GOOD, numbered(i), PROBLEM) for i in range(2)] == [None, None]
+
+            async def prefer(number: int, answer: Callable[[dict[str, Any]], Answer]) -> float | None:
+                server.answer = answer
+                return await judge.prefer(GOOD, numbered(number), PROBLEM)
+
+            answers = [nonsense, nonsense, fair, nonsense, nonsense]  # never three in a row
+            found = [await prefer(number, answer) for number, answer in enumerate(answers)]
+            assert found == [None, None, 1.0, None, None]
             with pytest.raises(JudgeUnavailable, match="gave no verdict on 3 pairs in a row"):
-                await judge.prefer(GOOD, numbered(2), PROBLEM)
-            server.answer = fair
-            assert await judge.prefer(GOOD, numbered(2), PROBLEM) == 1.0
-            server.answer = lambda _: says("I am a teapot.")
-            assert await judge.prefer(GOOD, numbered(3), PROBLEM) is None  # the count began anew
+                await prefer(5, nonsense)
+            assert await prefer(5, nonsense) is None  # the count began anew
+            assert await prefer(5, fair) == 1.0
 
 
 async def test_one_request_that_is_refused_costs_its_pair_alone_but_a_wrong_key_ends_the_run() -> None:

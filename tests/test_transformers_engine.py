@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from mtpo.engines.cached_model import Feed, NextLogits
+from mtpo.engines.cached_model import CachedModel, Feed, NextLogits
 from mtpo.engines.transformers import TransformersEngine
 from mtpo.errors import EngineError, InputError
 from mtpo.logprobs import action_logps
@@ -193,6 +193,17 @@ async def test_a_model_that_its_trainer_left_in_training_mode_samples_without_dr
     model.train()
     engine.weights_changed()
     assert (await engine.generate(PROMPTS[0], Sampling(8, NO_STOP))).logps == expected.logps
+    await engine.aclose()
+
+
+async def test_a_model_that_is_moved_after_the_engine_was_made_is_cached_where_it_is() -> None:
+    model, sampling = model_of("gemma2"), Sampling(8, NO_STOP)
+    engine = TransformersEngine(model)
+    policy = engine._policy
+    assert isinstance(policy, CachedModel)
+    policy._cache._device = torch.device("meta")  # where the model would have been
+    moved = await engine.generate(PROMPTS[1], sampling)
+    assert moved == await TransformersEngine(model).generate(PROMPTS[1], sampling)
     await engine.aclose()
 
 

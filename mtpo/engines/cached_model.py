@@ -54,7 +54,10 @@ class Policy(Protocol):
     def fingerprint(self) -> str: ...
 
     def begin(self) -> None:
-        """Be ready for inference: a trainer that holds the same modules may have left them in training mode."""
+        """Be ready for inference: a trainer that holds the same modules may have left them in training mode.
+
+        Called whenever no row is being decoded.
+        """
         ...
 
     def refresh(self) -> None:
@@ -121,6 +124,7 @@ class CachedModel:
     def begin(self) -> None:
         self._model.eval()
         self._backbone.eval()  # a twin, where it is one, has flags of its own
+        self._cache.move_to(self._model.device)  # a trainer may have moved the model
 
     def refresh(self) -> None:
         self._weights.refresh()
@@ -170,6 +174,11 @@ class _RowCache(Cache):
         self._start = 0
         self._length = 0
         self._positions = torch.zeros(0)
+
+    def move_to(self, device: torch.device) -> None:
+        if device != self._device:
+            self._device = device
+            self._buffers = [[buffer.to(device) for buffer in buffers] for buffers in self._buffers]
 
     def aim(self, start: int, positions: Tensor, length: int) -> None:
         self._start, self._positions, self._length = start, positions, length
