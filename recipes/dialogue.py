@@ -66,7 +66,10 @@ What the student asked for:
 Explain in a few sentences, then end with exactly one line: "Better: 1", "Better: 2" or "Better: tie".
 """
 SCRIPTED = "scripted"
-STUDENT_OPTIONS = ("student_engine", "student_urls", "student_tokens", "persona", "topics")
+STUDENT_OPTIONS = (
+    *("student_engine", "student_urls", "student_tokenizer", "student_tokens"),
+    *("persona", "topics"),
+)
 SFT = TrainingSettings(
     method="sft",
     learning_rate=6e-3,
@@ -101,6 +104,7 @@ class Config(EngineOptions):
     )
     student_engine: str = field(default="transformers", metadata={"help": "as --engine, for the student"})
     student_urls: list[str] = field(default_factory=list, metadata={"help": "as --urls, for the student"})
+    student_tokenizer: str | None = field(default=None, metadata={"help": "as --tokenizer, for the student"})
     student_tokens: int = field(default=128, metadata={"help": "sampled tokens of one answer of a model"})
     persona: str = field(
         default=PERSONA,
@@ -170,7 +174,13 @@ class Config(EngineOptions):
 
     @property
     def of_student(self) -> EngineOptions:
-        return EngineOptions(engine=self.student_engine, urls=self.student_urls)
+        """Nothing is trained on what the student says, so that its server need not return token ids."""
+        return EngineOptions(
+            engine=self.student_engine,
+            urls=self.student_urls,
+            tokenizer=self.student_tokenizer,
+            allow_text=self.student_engine == "openai",
+        )
 
     @property
     def instructions(self) -> str | None:

@@ -133,6 +133,22 @@ def test_a_language_model_judges_whole_talks_and_its_answers_are_kept(run: Path,
     assert read_json(out / "summary.json")["judge"]["answers from the cache"] == num_asked
 
 
+def test_a_student_may_be_served_as_text_alone_and_what_the_teacher_sampled_is_still_its_own(
+    run: Path, tmp_path: Path
+) -> None:
+    server = FakeServer(lambda _: (200, {"choices": [{"text": "And why?", "finish_reason": "stop"}]}))
+    model, out = str(run / "teacher" / "model"), tmp_path / "run"
+    options = ["--model", model, "--system", "", "--judge", "none", "--persona", "Learn.", "--samples", "1"]
+    options += ["--student", "policy", "--student_engine", "openai", "--student_urls", server.url]
+    try:
+        assert dialogue.main([*options, "--student_tokenizer", model, *SMALL, "--out", str(out)]) == 0
+    finally:
+        server.stop()
+    talks = talks_of(out).values()
+    observed = [s.text for t in talks for s in t.segments if s.kind == "observation"]
+    assert set(observed) == {"And why?"} and not any(t.is_from_text for t in talks)
+
+
 @pytest.mark.parametrize("method", ["mtpo", "online_ipo"])
 def test_an_online_method_learns_from_its_own_talks(run: Path, tmp_path: Path, method: str) -> None:
     model = run / "teacher" / "model"
