@@ -253,6 +253,27 @@ def test_rows_may_come_from_a_file_and_the_model_from_a_folder(tmp_path: Path) -
     assert logged(trainer)[0] == pytest.approx(1 / 2, rel=1e-6) and logged(trainer)[2] < 1 / 2
 
 
+def test_a_run_with_trls_own_defaults_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """Autocast to bfloat16, gradient checkpointing, and the reference loaded from the folder."""
+    tiny_model("gemma2", std=0.1).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    defaults = {
+        "bf16": DPOConfig(str(tmp_path)).bf16,
+        "gradient_checkpointing": True,
+        "save_strategy": "epoch",
+    }
+    args = DPOConfig(str(tmp_path / "trl"), **options(**defaults))
+    runs = [
+        MultiTurnDPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_pairs(4)) for _ in range(2)
+    ]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "trl" / "checkpoint-1"))
+    assert logged(runs[0])[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert logged(runs[1])[1:] == pytest.approx(logged(runs[0])[1:], rel=1e-6)
+    for expected, actual in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_a_reference_that_is_not_the_policy_as_it_starts_is_noticed(tmp_path: Path) -> None:
     tiny_model("gemma2", std=0.1, seed=1).save_pretrained(tmp_path / "model")
     policy = type(tiny_model("gemma2")).from_pretrained(tmp_path / "model")
@@ -312,7 +333,8 @@ def test_an_option_that_would_be_ignored_is_refused(
         ([], "there are no rows"),
         (iter(tiny_pairs(2)), "given as a list_iterator; expected a list of rows"),
         (tiny_labels(2), "MultiTurnDPOTrainer trains on pair rows, but row 1 is a label row"),
-        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], "these rows hold text: render them"),
+        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], "these rows hold chosen, prompt, rejected: render them"),
+        ([tiny_pairs(1)[0] | {"tools": "[]"}], "these rows hold tools"),
         ("nowhere.jsonl", "nowhere.jsonl: no such file"),
         ([tiny_pairs(1)[0] | {"chosen_input_ids": [2, 3, 5, 48], "chosen_completion_mask": [0, 0, 0, 1]}],
          "holds token id 48, but the model knows 48"),

@@ -37,6 +37,10 @@ Rows = Sequence[Row] | Dataset | str | Path
 """Rows of `mtpo.batches`: as they are, as a data set, or as the file that holds them."""
 
 SMOOTHED_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
+TEXT_COLUMNS = frozenset(
+    {"prompt", "chosen", "rejected", "completion", "messages", "tools", "chat_template_kwargs"}
+)
+"""What TRL would render."""
 KL_COLUMNS = ("KL_input_ids", "KL_completion_mask")
 
 
@@ -119,9 +123,10 @@ class _TrainsOnIds:
     def _usable(self, dataset: Dataset, tokenizer: Any, args: Any) -> list[Row]:
         """The rows that may be trained on, and of each what training needs."""
         name = type(self).__name__
-        if {"chosen", "completion"} & set(dataset.column_names):
+        if text := sorted(TEXT_COLUMNS & set(dataset.column_names)):
             raise InputError(
-                f"{name} trains on token ids, but these rows hold text: render them with recipes.import_rows first"
+                f"{name} trains on token ids, but these rows hold {', '.join(text)}: render them with "
+                "recipes.import_rows first"
             )
         kept = usable_rows(
             dataset.to_list(),
