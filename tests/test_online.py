@@ -141,7 +141,7 @@ class Verdicts:
         self.count, self.error, self.fails_at = 0, error, fails_at
         self.counts: Any = None
 
-    async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float:
+    async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
         self.count += 1
         if self.count == self.fails_at and self.error is not None:
             raise self.error
@@ -203,10 +203,11 @@ def test_a_run_is_not_gone_on_with_by_accident(tmp_path: Path) -> None:
 
 
 def test_pairs_that_no_one_can_judge_are_dropped_and_counted(tmp_path: Path) -> None:
-    def prefer(first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
-        return None if first.metadata["final"] == 0 else 1.0 if first.metadata["final"] == 1 else 0.5
+    class Unsure(Verdicts):
+        async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
+            return (None, 1.0, 0.5)[first.metadata["final"]]
 
-    table = game_table(GAME, CallableJudge(prefer))
+    table = game_table(GAME, Unsure())
     chosen = settings("online_dpo", epochs=32, batch_size=16, micro_batch_size=2)
     play_game(GAME, START, chosen, tmp_path, table=table)
     for step in steps_of(tmp_path):

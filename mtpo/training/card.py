@@ -28,6 +28,10 @@ class Source(NamedTuple):
 DPO = "https://arxiv.org/abs/2305.18290"
 GPO = "https://arxiv.org/abs/2402.05749"
 M_DPO = "https://arxiv.org/abs/2409.02392"
+OAIF = "https://arxiv.org/abs/2402.04792"
+IPO_MD = "https://arxiv.org/abs/2403.08635"
+NASH_MD = "https://arxiv.org/abs/2312.00886, section 6"
+MTPO = "https://arxiv.org/abs/2405.14655, section 5"
 SOURCES: dict[str, Source] = {
     "sft": Source("-log p(action tokens)", M_DPO),
     "raft": Source("-log p(action tokens) of correct trajectories", "https://arxiv.org/abs/2304.06767"),
@@ -48,6 +52,16 @@ SOURCES: dict[str, Source] = {
         "https://arxiv.org/abs/2410.04166",
     ),
     "dro_v": Source("(reward - V - tau rho)^2 / 2", "https://arxiv.org/abs/2405.19107"),
+    "online_dpo": Source("-P log sigmoid(beta D) - (1 - P) log sigmoid(-beta D), P by a judge", OAIF),
+    "online_ipo": Source("P (D - 1 / (2 tau))^2 + (1 - P) (D + 1 / (2 tau))^2, P by a judge", OAIF),
+    "online_slic": Source("P max(0, 1 - beta D) + (1 - P) max(0, 1 + beta D), P by a judge", OAIF),
+    "ipo_md": Source("that of online_ipo, on samples of the mixture with the reference", IPO_MD),
+    "nash_md": Source("-sum_n (P - 1/2 - tau sum_{k >= n} log-ratio_k) log p_n, P by a judge", NASH_MD),
+    "nash_ema": Source("that of nash_md, against the average of the policy's weights", NASH_MD),
+    "mtpo": Source("-sum of the turns' advantages times log p(turn), and (V - return)^2", MTPO),
+    "mtpo_tau": Source("that of mtpo, on samples of the mixture with the reference", MTPO),
+    "rlhf": Source("that of mtpo, with a reward in place of a preference", MTPO),
+    "online_kto": Source("that of kto, z0 being the mean of the policy's own log-ratios", M_DPO),
 }
 """Of the methods that have a paper of their own; a card without one names the method alone."""
 

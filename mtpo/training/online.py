@@ -16,6 +16,7 @@ from mtpo.errors import EnvironmentFault, InputError
 from mtpo.models import fingerprint, require_exact_attention
 from mtpo.samplers import PolicySamplers
 from mtpo.training.adapters import check_merge
+from mtpo.training.card import RunFacts
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.online_trainer import OnlineTrainer
 from mtpo.training.precision import keep_trained_weights_in_float32
@@ -25,6 +26,8 @@ from mtpo.training.run import (
     checkpoints_of,
     disable_dropout,
     last_checkpoint,
+    last_metrics,
+    name_of,
     place_model,
     run_callbacks,
     save_model,
@@ -135,14 +138,15 @@ def train_online(
             step = trainer.state.global_step
             raise Paused(f"paused after step {step} of {num_steps}, nothing is lost: {error}") from error
     policy.eval()
-    save_model(trainer, out / "model", merge=settings.merge_adapter)
+    facts = RunFacts(name_of(model), name_of(reference or model), len(prompts))
+    save_model(trainer, out / "model", merge=settings.merge_adapter, facts=facts)
     return TrainResult(
         model=out / "model",
         checkpoints=tuple(checkpoints_of(out)),
         num_steps=num_steps,
         num_rows=len(prompts),
         num_dropped=0,
-        metrics=next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry),
+        metrics=last_metrics(trainer),
         seconds=time.monotonic() - started,
     )
 
