@@ -300,13 +300,15 @@ def test_a_terminal_gets_no_escape_sequence_of_the_model() -> None:
     assert printable(evil + "\n\ta€") == ("\\x1b]0;title\\x07\\x1b[2J\\x9b31m\\r\\u202etxt.exe\\u200b\n\ta€")
     problem = Problem(evil, evil, evil)
     run = Execution("", evil, "error", 0.1)
-    trajectory = attempt(problem, 0, evil, run, f"\\boxed{{{evil}}}", policy=evil)
+    names = {"policy": evil, "metadata": {"last_words": f"bye {evil}"}}
+    trajectory = attempt(problem, 0, evil, run, f"\\boxed{{{evil}}}", **names)
     pieces = token_pieces(TOKENIZER, trajectory.input_ids)
     for known in (None, pieces):
         lines = "\n".join(
             trajectory_lines(trajectory, problem, Grade("wrong", evil, "text"), known, color=False)
         )
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u200b]", lines)
+        assert "--- never read ---\nbye " in lines
 
 
 def test_the_mask_has_its_colours_and_unlikely_tokens_a_line() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from eval.report import write_report
-from mtpo.trajectory import Execution, Problem
+from mtpo.trajectory import Execution, Problem, StopReason
 from tests.chromium import EXECUTABLE, Tab, chromium_tab
 from tests.tiny_runs import APPLES, PEARS, attempt, write_log, write_pairs, write_run, write_set
 
@@ -37,6 +38,13 @@ FAILED = attempt(
     APPLES, 1, "So:\n```python\nprint(2 + x)\n```",
     Execution("print(2 + x)", "NameError: name 'x' is not defined", "error", 0.01), "It is \\boxed{6}",
 )  # fmt: skip
+TALK = replace(
+    attempt(APPLES, 2, "Count *them*.", Execution("", "I **see**. <b>Why?</b>", "ok", 0.0), "Add."),
+    executions=(),
+    stop_reason=StopReason.CLOSED,
+    metadata={"student": "scripted", "ended_by": "student", "last_words": "Thank you <i>all</i>!"},
+)
+"""With a student instead of a tool."""
 EUROS = attempt(PEARS, 0, "2 · 4 € is \\boxed{8}")
 
 
@@ -67,6 +75,19 @@ async def lists(tab: Tab, *names: str) -> None:
 
 async def detail(tab: Tab) -> str:
     return await tab.evaluate("document.getElementById('detail').innerText")
+
+
+async def test_a_talk_is_shown_as_prose_with_what_was_said_last(tab: Tab, tmp_path: Path) -> None:
+    report = write_report(write_run(tmp_path / "run", [RIGHT, TALK])).as_uri()
+    await tab.open(report + "#trajectories")
+    await lists(tab, "toy/0 : 0", "toy/0 : 2")
+    await tab.click(".result:nth-of-type(2)")
+    await tab.until("document.querySelector('#detail .unread')")
+    shown = await detail(tab)
+    assert "Thank you <i>all</i>!" in shown and "ended_by" in shown and "closed" in shown
+    titles = "[...document.querySelectorAll('#detail .turn h4')].map((e) => e.firstChild.textContent).join()"
+    assert await tab.evaluate(titles) == "question,turn 1,reply,turn 2,reply, never read"
+    assert await tab.evaluate("document.querySelectorAll('#detail .turns pre').length") == 0
 
 
 async def test_open_filter_open_a_pair_and_look_at_its_mask(tab: Tab, report: str) -> None:

@@ -409,23 +409,29 @@ function sharedText(side, other, segment) {
 function talk({ text }, from, sharedChars, to = Infinity) {
   return text.segments.slice(from, to).map(([kind, content, count], offset) => {
     const place = from + offset, run = kind === "o" ? text.executions?.[place / 2 - 1] : null;
-    const label = kind === "p" ? "question" : kind === "a" ? `turn ${(place + 1) / 2}` : "output";
+    const label = kind === "p" ? "question" : kind === "a" ? `turn ${(place + 1) / 2}` : isTalk(text) ? "reply" : "output";
     const body = el("div", { class: "body" });
     const shared = offset === 0 ? sharedChars : 0;
-    if (kind === "o") body.append(output(content, run));
+    if (kind === "o" && !isTalk(text)) body.append(output(content, run));
     else body.append(...prose(content, shared));
     return el("section", { class: `turn ${KINDS[kind]}` },
       el("h4", {}, label, el("small", {}, `${count} tok`), run && run[0] !== "ok" ? el("small", { class: "bad" }, run[0]) : null,
         run ? el("small", {}, `${run[1]} s`) : null), body);
   });
 }
-/** Tool calls whose output the model never read. */
+/** Whether somebody talks with the model, so that what it reads is prose. */
+function isTalk(text) {
+  return text.metadata?.student !== undefined;
+}
+/** Tool calls whose output the model never read, and the last words of somebody who ended the talk. */
 function leftovers({ text }) {
-  const read = text.segments.filter(([kind]) => kind === "o").length;
-  return (text.executions ?? []).slice(read).map(([status, seconds, content]) =>
-    el("section", { class: "turn observation unread" },
-      el("h4", {}, "output, never read", el("small", {}, status), el("small", {}, `${seconds} s`)),
-      el("div", { class: "body" }, output(content, [status]))));
+  const read = text.segments.filter(([kind]) => kind === "o").length, last = text.metadata?.last_words;
+  const unread = (title, ...body) => el("section", { class: "turn observation unread" }, title, el("div", { class: "body" }, ...body));
+  return [
+    ...(text.executions ?? []).slice(read).map(([status, seconds, content]) =>
+      unread(el("h4", {}, "output, never read", el("small", {}, status), el("small", {}, `${seconds} s`)), output(content, [status]))),
+    ...(last === undefined ? [] : [unread(el("h4", {}, "reply, never read"), ...prose(last, 0))]),
+  ];
 }
 function output(content, run) {
   const pre = el("pre", { class: run && run[0] !== "ok" ? "failed" : "" });

@@ -58,6 +58,8 @@ def trajectory_lines(
         yield ""
         yield _heading(segment, number, trajectory)
         yield _body(segment, pieces, color)
+    if (last_words := trajectory.metadata.get("last_words")) is not None:  # of somebody who ended the talk
+        yield f"\n--- never read ---\n{printable(str(last_words))}"
     if color:
         kinds = "  ".join(_paint(kind, STYLES[kind][0], True) for kind in STYLES)
         yield f"\n{kinds}  {_paint('underlined: sampled with p < 10 %', '4', True)}"
