@@ -257,11 +257,7 @@ def test_a_run_with_trls_own_defaults_goes_on_from_a_checkpoint(tmp_path: Path) 
     """Autocast to bfloat16, gradient checkpointing, and the reference loaded from the folder."""
     tiny_model("gemma2", std=0.1).save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
-    defaults = {
-        "bf16": DPOConfig(str(tmp_path)).bf16,
-        "gradient_checkpointing": True,
-        "save_strategy": "epoch",
-    }
+    defaults = {"bf16": True, "gradient_checkpointing": True, "save_strategy": "epoch"}
     args = DPOConfig(str(tmp_path / "trl"), **options(**defaults))
     runs = [
         MultiTurnDPOTrainer(str(tmp_path / "model"), args=args, train_dataset=tiny_pairs(4)) for _ in range(2)
