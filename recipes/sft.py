@@ -38,6 +38,9 @@ class Config(TrainingSettings, DryRunOptions):
     model: str = field(metadata={"help": "model to start from: name or folder"})
     data: list[str] = field(metadata={"help": "files of demonstrations, or of rows"})
     out: str = field(metadata={"help": "run folder"})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "held-out file, as --data; its loss goes to OUT/eval.jsonl"}
+    )
     limit: int | None = field(default=None, metadata={"help": "first demonstrations of each file only"})
     tokenizer: str | None = field(
         default=None, metadata={"help": "with the chat template; by default --model's"}
@@ -61,6 +64,7 @@ def train_supervised(config: Config) -> str:
         return dry_run(config, config, config.model)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     rows = [row for path in config.data for row in read_demonstrations(Path(path), tokenizer, config.limit)]
+    held_out = [] if config.eval_data is None else read_demonstrations(Path(config.eval_data), tokenizer)
     model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
     result = train(
@@ -69,6 +73,7 @@ def train_supervised(config: Config) -> str:
         config,
         folder.path,
         tokenizer=tokenizer,
+        eval_rows=held_out,
         data_files=[Path(path) for path in config.data],
         resume=config.resume,
     )

@@ -34,6 +34,9 @@ class Config(TrainingSettings, DryRunOptions):
     model: str = field(metadata={"help": "policy to start from: model name or folder"})
     data: str = field(metadata={"help": "folder of recipes.label, or a file of rows"})
     out: str = field(metadata={"help": "run folder"})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "held-out rows, as --data; their loss goes to OUT/eval.jsonl"}
+    )
     reference: str | None = field(
         default=None, metadata={"help": "reference policy; by default --model as it starts"}
     )
@@ -53,6 +56,7 @@ def train_policy(config: Config) -> str:
     if config.dry_run:
         return dry_run(config, config, config.model)
     rows = read_data(config.data, config.method)
+    held_out = [] if config.eval_data is None else read_data(config.eval_data, config.method)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)
     load_reference = None
@@ -69,6 +73,7 @@ def train_policy(config: Config) -> str:
         folder.path,
         reference_model=load_reference,
         tokenizer=tokenizer,
+        eval_rows=held_out,
         data_files=[rows_file(config.data, config.method)],
         resume=config.resume,
     )

@@ -15,7 +15,8 @@ memory.py     GPU memory that a run needs, told before it starts
 metrics.py    what a step reports, and when it warns
 card.py       the model card
 hub.py        pushing to the Hugging Face hub
-callbacks.py  progress bar, metrics file, checkpoints
+callbacks.py  progress bar, metrics files, checkpoints, held-out rows
+reporters.py  TensorBoard, trackio, Weights & Biases
 """
 
 from mtpo.training.methods import METHODS

@@ -12,18 +12,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one object a step to a JSONL file; a resumed run first removes the steps that it takes again."""
+    """Appends one object a step to a JSONL file, and one for each look at held-out rows to eval.jsonl beside it.
+
+    A resumed run first removes the steps that it takes again.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.files = {"loss": path, "eval_loss": path.with_name("eval.jsonl")}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [f"{line}\n" for line in lines if _step(line) <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+        for path in self.files.values():
+            if state.is_world_process_zero and path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [f"{line}\n" for line in lines if _step(line) <= state.global_step]
+                path.write_text("".join(kept), encoding="utf-8")
 
     def on_log(
         self,
@@ -33,9 +37,10 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        for key, path in self.files.items():
+            if state.is_world_process_zero and logs and key in logs:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 class ProgressBar(TrainerCallback):
@@ -83,6 +88,19 @@ class Checkpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_save = state.global_step in self.steps
+
+
+class HeldOut(TrainerCallback):
+    """Asks for a look at the held-out rows after every `every` steps, if given, and after the last."""
+
+    def __init__(self, every: int | None) -> None:
+        self.every = every
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        is_due = self.every is not None and state.global_step % self.every == 0
+        control.should_evaluate = is_due or state.global_step == state.max_steps
 
 
 def _step(line: str) -> float:

@@ -22,13 +22,14 @@ from mtpo.errors import InputError
 from mtpo.models import fingerprint, require_exact_attention, unwrapped
 from mtpo.scoring import require_layout
 from mtpo.training.adapters import check_merge, merged, with_adapter
-from mtpo.training.callbacks import Checkpoints, MetricsFile, ProgressBar
+from mtpo.training.callbacks import Checkpoints, HeldOut, MetricsFile, ProgressBar
 from mtpo.training.card import RunFacts, file_digests, model_card
 from mtpo.training.guards import EqualGradients, check_one_bos
 from mtpo.training.hub import check_hub, push
 from mtpo.training.mismatch import with_mismatched
 from mtpo.training.precision import LostUpdates, keep_trained_weights_in_float32
 from mtpo.training.reference import add_reference_logps
+from mtpo.training.reporters import check_reporters
 from mtpo.training.settings import TrainingSettings
 from mtpo.training.sharding import WeightsAreSharded
 from mtpo.training.trainer import TrajectoryTrainer
@@ -60,6 +61,7 @@ def train(
     *,
     reference_model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    eval_rows: Sequence[Row] = (),
     data_files: Sequence[Path] = (),
     resume: bool = False,
     progress: bool = True,
@@ -69,6 +71,7 @@ def train(
     out/model          the final model or adapter, with its card (and tokenizer), written last and whole
     out/checkpoint-N   the model after N steps, with what is needed to go on from there
     out/metrics.jsonl  one object a step
+    out/eval.jsonl     one object for each look at the held-out rows
     out/reference      log-probs of the reference, by content
 
     Args:
@@ -77,6 +80,7 @@ def train(
         rows: of the kind that the method takes; see `mtpo.batches`.
         reference_model: `model` as it is now, if None. Methods on single rows have none. Of a function that loads
             it, the model is let go of before training starts.
+        eval_rows: held-out rows of the same kind, looked at every `eval_steps` and after the last step.
         data_files: where the rows are from, for the model card.
         resume: go on from the last checkpoint in `out`, or start if there is none.
 
@@ -94,13 +98,17 @@ def train(
         raise InputError(
             f"{out} holds {checkpoint.name} of an earlier run: resume it, or take another folder"
         )
+    if settings.eval_steps is not None and not eval_rows:
+        raise InputError("eval_steps has no effect without held-out rows")
     kept, num_dropped = _usable_rows(rows, settings, model)
+    held_out = _usable_rows(eval_rows, settings, model)[0] if eval_rows else []
     if tokenizer is not None and tokenizer.bos_token_id is not None:
-        check_one_bos(kept, int(tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
+        check_one_bos([*kept, *held_out], int(tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
     if settings.method == "kto":
         kept = with_mismatched(kept, settings.seed)  # of whole trajectories, whatever the mask counts
+        held_out = with_mismatched(held_out, settings.seed) if held_out else []
     reward = standardized_reward(kept) if settings.method == "dro_v" else None
-    kept = masked_rows(kept, settings.mask)
+    kept, held_out = masked_rows(kept, settings.mask), masked_rows(held_out, settings.mask)
     args = training_arguments(settings, out)
     place_model(model, settings, args.device)
     starts_at_reference, value_network = False, None
@@ -113,6 +121,8 @@ def train(
             reference is model or fingerprint(reference) == fingerprint(model)
         )
         kept = _with_reference(kept, reference, args, progress)
+        if held_out:
+            held_out = _with_reference(held_out, reference, args, progress)
         if reward is not None:
             value_network = ValueNetwork(reference).to(args.device)
             if settings.computes_in_bfloat16:
@@ -139,6 +149,9 @@ def train(
     )
     if settings.merge_adapter:
         check_merge(policy, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if held_out:
+        trainer.held_out = held_out
+        trainer.add_callback(HeldOut(settings.eval_steps))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     policy.eval()
     facts = RunFacts(name_of(model), reference_name, len(kept), num_dropped, data)
@@ -252,6 +265,7 @@ def _usable_rows(
 def training_arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
     if settings.hub_model_id is not None:
         check_hub(settings.hub_model_id)
+    check_reporters(settings.report_to)
     args = TrainingArguments(
         output_dir=str(out),
         num_train_epochs=1,  # the rows come in the order of all epochs
@@ -261,13 +275,16 @@ def training_arguments(settings: TrainingSettings, out: Path) -> TrainingArgumen
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",  # a callback asks for checkpoints
-        report_to="none",
+        report_to=settings.report_to or "none",
+        run_name=settings.run_name,
+        project="mtpo",
         disable_tqdm=True,  # a callback shows the progress
         remove_unused_columns=False,
         bf16=settings.computes_in_bfloat16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    args.trackio_static_space_id = False  # nothing is published that was not asked for
     micro_batch_size = settings.micro_batch_size or max(1, settings.batch_size // args.world_size)
     accumulation, rest = divmod(settings.batch_size, micro_batch_size * args.world_size)
     if rest:
@@ -313,8 +330,9 @@ def name_of(model: Any) -> str:
     return str(getattr(unwrapped(model), "name_or_path", ""))
 
 
-def last_metrics(trainer: TrajectoryTrainer) -> dict[str, float]:
-    return next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
+def last_metrics(trainer: TrajectoryTrainer, key: str = "loss") -> dict[str, float]:
+    """The last that were logged with this one among them, if any."""
+    return next((entry for entry in reversed(trainer.state.log_history) if key in entry), {})
 
 
 def save_model(
@@ -333,7 +351,7 @@ def save_model(
         card = model_card(
             settings,
             facts or RunFacts(name_of(trainer.model)),
-            last_metrics(trainer),
+            last_metrics(trainer) | last_metrics(trainer, "eval_loss"),
             family=unwrapped(trainer.model).config.model_type,  # pyright: ignore[reportArgumentType]
             is_adapter=(partial / "adapter_config.json").exists(),
         )

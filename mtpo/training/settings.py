@@ -11,6 +11,7 @@ from mtpo.errors import InputError
 from mtpo.layouts import Layout
 from mtpo.models import DTYPES
 from mtpo.training.methods import METHODS, Method, Options
+from mtpo.training.reporters import REPORTERS
 
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -139,6 +140,17 @@ class TrainingSettings:
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "compute activations twice, to keep fewer"}
     )
+    eval_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "steps between two looks at the held-out rows; by default one look, after the last step"
+        },
+    )
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"metrics also go to {', '.join(REPORTERS)}; they are always in metrics.jsonl"},
+    )
+    run_name: str | None = field(default=None, metadata={"help": "what trackio and wandb call the run"})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "OWNER/NAME on the Hugging Face hub to push the trained model to"}
     )
@@ -177,7 +189,7 @@ class TrainingSettings:
             raise InputError(f"{name} is {value}, expected a number from {low} to {high}")
 
     def _check_numbers(self) -> None:
-        minimum = {"batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_length": 2}
+        minimum = {"batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_length": 2, "eval_steps": 1}
         for name in [*minimum, "warmup_steps", "num_checkpoints", "weight_decay"]:
             value = getattr(self, name)
             if value is not None and value < minimum.get(name, 0):
@@ -187,6 +199,10 @@ class TrainingSettings:
         for name in ("learning_rate", "max_grad_norm", "value_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if unknown := set(self.report_to) - set(REPORTERS):
+            raise InputError(f"report_to is {sorted(unknown)[0]!r}; expected some of {', '.join(REPORTERS)}")
+        if self.run_name is not None and not set(self.report_to) - {"tensorboard"}:
+            raise InputError("run_name has no effect without report_to trackio or wandb")
         if self.hub_public and self.hub_model_id is None:
             raise InputError("hub_public has no effect without hub_model_id")
         if self.pure_bfloat16 and self.dtype != "bfloat16":

@@ -81,6 +81,8 @@ class TrajectoryTrainer(Trainer):
         self.settings = settings
         self.rows = rows
         self.num_draws = len(rows)
+        self.held_out: Sequence[Row] = ()
+        """Rows to `evaluate` on, as those that are trained on: with reference log-probs, for kto mismatched rows."""
         self.starts_at_reference = starts_at_reference
         self.z0: Tensor | None = None
         self.desirable_share: Tensor | None = None
@@ -164,9 +166,48 @@ class TrajectoryTrainer(Trainer):
             self.state.epoch = self.settings.epochs * drawn / self.num_draws
             now = time.monotonic()
             logs["tokens_per_s"] = logs["tokens"] / (now - self.last_log)
+            logs["action_share"] = logs["action_tokens"] / logs["tokens"]
             self.last_log = now
             self.monitor.check(self.state.global_step, logs)
         super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log, and return, the loss and metrics on `held_out`, as means over these rows, which are not trained on.
+
+        Each name begins with `eval_`. KTO's baseline is that of each batch, as in training.
+        """
+        training = self.rows, self.metrics, self.z0, self.desirable_share
+        self.rows, self.metrics = self.held_out, StepMetrics()
+        self.model_wrapped.eval()
+        device = self.args.device
+        loss, weight = torch.zeros((), dtype=torch.float64, device=device), 0.0
+        for batches in self._held_out_batches():
+            batches, total = self.get_batch_samples(iter(batches), len(batches), device)
+            for batch in batches:
+                with self.compute_loss_context_manager():
+                    share = self.compute_loss(
+                        self.model_wrapped, self._prepare_inputs(batch), num_items_in_batch=total
+                    )
+                loss += share.double() * total / self.accelerator.num_processes
+            weight += total.item()
+        values = {"loss": self.accelerator.gather(loss).sum().item() / weight} | self.metrics.take()  # pyright: ignore
+        self.rows, self.metrics, self.z0, self.desirable_share = training
+        self.model_wrapped.train()
+        values = {f"eval_{name}": value for name, value in values.items()}
+        self.log(values)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
+        self.last_log = time.monotonic()  # tokens_per_s is that of training
+        return values
+
+    def _held_out_batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches that this process takes of each batch."""
+        size, processes = self.args.per_device_train_batch_size, self.args.world_size
+        dataset = _Indexed(self.held_out, size * processes)
+        starts = range(self.args.process_index * size, len(dataset), size * processes)
+        batches = [self.data_collator([dataset[start + i] for i in range(size)]) for start in starts]
+        for first in range(0, len(batches), self.args.gradient_accumulation_steps):
+            yield batches[first : first + self.args.gradient_accumulation_steps]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.settings.optimizer == "muon" and asked_for():
