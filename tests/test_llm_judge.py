@@ -112,6 +112,13 @@ async def test_the_judge_reads_tool_output_and_places_in_a_text_stay_text() -> N
         assert all(text in prompt_of(r) and prompt_of(r).count("A bad answer.") == 1 for r in server.requests)
 
 
+async def test_text_that_is_no_unicode_can_be_asked_about() -> None:
+    with served(lambda _: says("Better: tie")) as server:
+        async with asking(server) as judge:
+            assert await judge.prefer(attempt("half \ud83d a pair"), BAD, PROBLEM) == 0.5
+        assert all("half ? a pair" in prompt_of(r) for r in server.requests)
+
+
 async def test_instruction_pattern_and_options_are_the_users() -> None:
     with served(lambda _: says("Verdict = 2")) as server:
         async with asking(

@@ -20,11 +20,30 @@ from mtpo.engines.mixture import CachedMixture, Mixture
 from mtpo.engines.transformers import TransformersEngine
 from mtpo.errors import EngineError, InputError
 from mtpo.rollout import Sampling
-from tests.engine_conformance import PROMPTS, Promise, Subject, complete, every_promise, stress_model
+from tests.engine_conformance import (
+    PROMPTS,
+    Promise,
+    Subject,
+    complete,
+    greedy_ids_equal_those_of_generate,
+    logps_are_those_of_the_trainer_over_six_turns,
+    seeds_reproduce_whatever_else_is_in_the_batch,
+    sixty_requests_at_once_get_their_own_answers,
+    stress_model,
+    the_context_ends_a_turn_as_too_long,
+)
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import make_tokenizer
 
 B = 0.3
+PROMISES_OF_CACHES: list[Promise] = [
+    greedy_ids_equal_those_of_generate,
+    logps_are_those_of_the_trainer_over_six_turns,
+    seeds_reproduce_whatever_else_is_in_the_batch,
+    sixty_requests_at_once_get_their_own_answers,
+    the_context_ends_a_turn_as_too_long,
+]
+"""Of those that the embedded engine keeps for one model, the ones that two caches could break."""
 
 
 def mixture(policy: Any, reference: Any, ref_coef: float = B, tokenizers: Any = None) -> Mixture:
@@ -188,7 +207,7 @@ def stressed() -> PreTrainedModel:
     return stress_model()
 
 
-@every_promise
+@pytest.mark.parametrize("promise", PROMISES_OF_CACHES, ids=lambda promise: promise.__name__)
 async def test_a_mixture_of_equal_models_keeps_an_engines_promises(
     promise: Promise, stressed: PreTrainedModel
 ) -> None:

@@ -219,8 +219,9 @@ def _content(response: httpx2.Response) -> str | None:
 
 
 def _filled(instruction: str, values: Mapping[str, str]) -> str:
-    """One pass, so that a place named within a trajectory stays text."""
-    return re.sub(r"\{(question|first|second)\}", lambda place: values[place[1]], instruction)
+    """One pass, so that a place named within a trajectory stays text; half a surrogate pair becomes "?"."""
+    filled = re.sub(r"\{(question|first|second)\}", lambda place: values[place[1]], instruction)
+    return filled.encode(errors="replace").decode()
 
 
 def _check_instruction(instruction: str) -> None:
