@@ -185,9 +185,10 @@ def logps_after(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     normalizers = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
 
     def value(logits: Tensor, tile: slice) -> Tensor:
-        normalizer = logits.logsumexp(-1)
+        picked = logits.gather(-1, targets[tile, None]).squeeze(-1)
+        normalizer = _log_sum_exp(logits)
         normalizers[tile] = normalizer.detach()
-        return logits.gather(-1, targets[tile, None]).squeeze(-1) - normalizer
+        return picked - normalizer
 
     def gradient(logits: Tensor, tile: slice, upstream: Tensor) -> Tensor:
         # d logp / d logits = one_hot(target) - softmax
@@ -213,7 +214,8 @@ def over_tiles(
     Args:
         model: a causal LM of transformers, unwrapped.
         hidden: (N, H).
-        value: from the logits (n, V) of the hidden states that a slice picks, soft-capped, to (n,).
+        value: from the logits (n, V) of the hidden states that a slice picks, soft-capped, to (n,). Where autograd
+            does not record, it may overwrite them.
         gradient: from the same and the gradient of the result, (n,), to that of the logits, (n, V), in a tensor of
             its own; by default what autograd makes of `value`, which holds a few more tiles.
         max_tile: logits that exist at once; `MAX_TILE` by default.
@@ -261,9 +263,10 @@ class _Tiled(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         values = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
+        buffer = _tile_buffer(hidden, weight, rows)
         with torch.autocast(hidden.device.type, enabled=False):
             for tile in _tiles(len(hidden), rows):
-                values[tile] = value(_capped(_project(hidden[tile], weight, bias), softcap), tile)
+                values[tile] = value(_tile_logits(hidden[tile], weight, bias, softcap, buffer), tile)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.gradient, ctx.softcap, ctx.rows = gradient, softcap, rows
         return values
@@ -277,15 +280,16 @@ class _Tiled(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=of_values.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=of_values.dtype) if wants_bias else None
+        buffer = _tile_buffer(hidden, weight, ctx.rows)
         for tile in _tiles(len(hidden), ctx.rows):
-            logits = _capped(_project(hidden[tile], weight, bias), ctx.softcap)
+            logits = _tile_logits(hidden[tile], weight, bias, ctx.softcap, buffer)
             delta = ctx.gradient(logits, tile, of_values[tile])
             if ctx.softcap is not None:
-                delta.mul_(1 - (logits / ctx.softcap).square_())  # 1 - tanh^2, through the cap
+                delta.mul_(logits.div_(ctx.softcap).square_().neg_().add_(1))  # 1 - tanh^2, through the cap
             if grad_hidden is not None:
                 grad_hidden[tile] = _matmul(delta, weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += _matmul(delta.T, hidden[tile])
+                _add_matmul(grad_weight, delta.T, hidden[tile])
             if grad_bias is not None:
                 grad_bias += delta.sum(0)
         return (
@@ -303,6 +307,32 @@ def _tiles(length: int, rows: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, length, rows)]
 
 
+def _tile_buffer(hidden: Tensor, weight: Tensor, rows: int) -> Tensor | None:
+    """Memory for a tile of logits: on a CPU, fresh pages for each tile would cost as much as a product."""
+    if hidden.is_cuda:
+        return None
+    dtype = _wide(torch.promote_types(hidden.dtype, weight.dtype))
+    return torch.empty(min(rows, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
+
+
+def _tile_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, buffer: Tensor | None
+) -> Tensor:
+    """`_capped` of `_project`, in place."""
+    logits = _matmul(hidden, weight.T, out=None if buffer is None else buffer[: len(hidden)])
+    if bias is not None:
+        logits += bias
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """Over the last dimension; where autograd does not record, in place."""
+    if torch.is_grad_enabled():
+        return logits.logsumexp(-1)
+    largest = logits.amax(-1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(-1).log_() + largest.squeeze(-1)
+
+
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     logits = _matmul(hidden, weight.T)
     return logits if bias is None else logits + bias.to(logits.dtype)
@@ -312,17 +342,25 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in float32 (float64 if either is), rounding nothing to half precision on the way out."""
-    if (
-        b.is_cuda
-        and b.dtype in (torch.bfloat16, torch.float16)
-        and a.ndim == 2
-        and not torch.is_grad_enabled()
-    ):
+    if _multiplies_narrow(b) and a.ndim == 2 and not torch.is_grad_enabled():
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
     dtype = _wide(torch.promote_types(a.dtype, b.dtype))
-    return a.to(dtype) @ b.to(dtype)
+    return torch.matmul(a.to(dtype), b.to(dtype), out=out)
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, rounded like `_matmul` and without another tensor of that size."""
+    if _multiplies_narrow(b):
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _multiplies_narrow(b: Tensor) -> bool:
+    """A product with it can take half precision in and give float32 out."""
+    return b.is_cuda and b.dtype in (torch.bfloat16, torch.float16)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
