@@ -19,7 +19,7 @@ def require_one_vocabulary(
     """
     Args:
         models: two, by what they are to each other, as the message is to name them.
-        tokenizers: of the two, where they are not one and the same.
+        tokenizers: of the two; without them, the special ids of the configs tell what they can.
         purpose: what needs them to agree, as the message is to begin.
 
     Raises:
@@ -32,14 +32,14 @@ def require_one_vocabulary(
             f"{purpose} needs one vocabulary, but the {name} has {ours.vocab_size} tokens and the {other_name} "
             f"{theirs.vocab_size}, padding of the embeddings included"
         )
-    for special in SPECIAL_IDS:
-        own_id, other_id = getattr(ours, special, None), getattr(theirs, special, None)
-        if own_id != other_id:
-            raise InputError(
-                f"{purpose} needs one tokenizer, but {special} is {own_id} to the {name} and {other_id} to the "
-                f"{other_name}"
-            )
     if tokenizers is None:
+        for special in SPECIAL_IDS:
+            own_ids, other_ids = _ids(ours, special), _ids(theirs, special)
+            if own_ids and other_ids and own_ids.isdisjoint(other_ids):
+                raise InputError(
+                    f"{purpose} needs one tokenizer, but {special} is {_either(own_ids)} to the {name} and "
+                    f"{_either(other_ids)} to the {other_name}"
+                )
         return
     own_tokens, other_tokens = (tokenizer.get_vocab() for tokenizer in tokenizers)
     if differing := own_tokens.items() ^ other_tokens.items():
@@ -48,3 +48,13 @@ def require_one_vocabulary(
             f"{purpose} needs one tokenizer, but those of {name} and {other_name} differ in {len(differing)} "
             f"entries: {token!r} with id {token_id} is in one alone"
         )
+
+
+def _ids(config: Any, special: str) -> set[int]:
+    """A config may name several, of which fine-tuning may have kept one."""
+    value = getattr(config, special, None)
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def _either(ids: set[int]) -> str:
+    return " or ".join(map(str, sorted(ids)))

@@ -251,6 +251,7 @@ def test_what_does_not_share_a_vocabulary_is_refused_in_one_line() -> None:
     with pytest.raises(InputError, match=r"ref_coef must lie in \[0, 1\], got 1.5"):
         mixture(model, model, 1.5)
     mixture(model, tiny_model("llama", seed=1), tokenizers=(gemma, make_tokenizer("gemma")))
+    mixture(model, tiny_model("llama", eos_token_id=[1, 7]))  # an instruction-tuned model ends turns, too
 
 
 def test_vllm_refuses_a_mixture_with_the_reason() -> None:
