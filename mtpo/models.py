@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mtpo.errors import GuardError, InputError
@@ -29,7 +36,7 @@ TEXT_OF_MULTIMODAL = {r"^(model\.)?language_model\.(model\.)?": "model."}
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: str = "float32", attention: str | None = None
+    name_or_path: str | Path, *, dtype: str = "float32", attention: str | None = None, in_4bit: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode; of a multimodal Gemma 3 checkpoint, its text model.
 
@@ -38,6 +45,7 @@ def load_model(
             is the one that its `adapter_config.json` names, with the adapter on it.
         dtype: a key of `DTYPES`.
         attention: transformers' `attn_implementation`; `exact_attention(config)` by default.
+        in_4bit: quantise the linear layers, head excepted, on this process's GPU; they then compute in `dtype`.
 
     Raises:
         InputError: there is no such folder or name, it holds no causal language model, weights are missing
@@ -48,12 +56,15 @@ def load_model(
         raise InputError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     base = adapter_base(name_or_path)
     if base is not None:
-        return _with_adapter(load_model(base, dtype=dtype, attention=attention), name_or_path)
+        model = load_model(base, dtype=dtype, attention=attention, in_4bit=in_4bit)
+        return _with_adapter(model, name_or_path)
     config = load_config(name_or_path)
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
     if config.model_type == "gemma3_text":
         options["key_mapping"] = TEXT_OF_MULTIMODAL
     options |= {"config": config, "attn_implementation": attention or exact_attention(config)}
+    if in_4bit:
+        options |= _quantisation(dtype)
     model, info = _pretrained(AutoModelForCausalLM, name_or_path, "model", **options)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -148,6 +159,19 @@ def fingerprint(model: nn.Module) -> str:
         content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(content.numpy())  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
+
+
+def _quantisation(dtype: str) -> dict[str, Any]:
+    """NormalFloat in 4 bits with quantised scales: QLoRA (arXiv 2305.14314, section 3)."""
+    if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+        raise InputError("4-bit weights need a CUDA device and bitsandbytes, pip install bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _with_adapter(model: PreTrainedModel, folder: str | Path) -> Any:

@@ -52,7 +52,7 @@ class DryRunOptions:
             )
 
 
-def dry_run(settings: TrainingSettings, options: DryRunOptions, model: str) -> str:
+def dry_run(settings: TrainingSettings, options: DryRunOptions, model: str, *, in_4bit: bool = False) -> str:
     """Print what training `model` needs; the last line says that a step worked.
 
     Raises:
@@ -60,7 +60,7 @@ def dry_run(settings: TrainingSettings, options: DryRunOptions, model: str) -> s
     """
     num_gpus, strategy = options.gpus or 8, options.strategy or "fsdp"
     config, source = architecture(model)
-    sizes, memory = estimate(config, settings, num_gpus=num_gpus, strategy=strategy)  # pyright: ignore[reportArgumentType]
+    sizes, memory = estimate(config, settings, num_gpus=num_gpus, strategy=strategy, in_4bit=in_4bit)  # pyright: ignore[reportArgumentType]
     print(
         f"{model} ({source}): {config.model_type}, {config.num_hidden_layers} layers, hidden size "
         f"{config.hidden_size}, {sizes.num_parameters:,} parameters, {sizes.num_trained:,} of them trained"

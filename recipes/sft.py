@@ -45,12 +45,20 @@ class Config(TrainingSettings, DryRunOptions):
     tokenizer: str | None = field(
         default=None, metadata={"help": "with the chat template; by default --model's"}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: quantise the model that lora_rank leaves as it is; CUDA only"},
+    )
     attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
     def __post_init__(self) -> None:
         TrainingSettings.__post_init__(self)
         DryRunOptions.__post_init__(self)
+        if self.load_in_4bit and self.lora_rank is None:
+            raise InputError(
+                "--load_in_4bit needs --lora_rank: quantised weights cannot be trained themselves"
+            )
         if self.recipe.rows != "single":
             raise InputError(f"--method {self.method} is no supervised method; use recipes.train")
 
@@ -61,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_supervised(config: Config) -> str:
     if config.dry_run:
-        return dry_run(config, config, config.model)
+        return dry_run(config, config, config.model, in_4bit=config.load_in_4bit)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     rows = [row for path in config.data for row in read_demonstrations(Path(path), tokenizer, config.limit)]
     held_out = [] if config.eval_data is None else read_demonstrations(Path(config.eval_data), tokenizer)
-    model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)
+    model = load_model(
+        config.model, dtype=config.weights_dtype, attention=config.attention, in_4bit=config.load_in_4bit
+    )
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=SPEED_ONLY)
     result = train(
         model,

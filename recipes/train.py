@@ -40,12 +40,20 @@ class Config(TrainingSettings, DryRunOptions):
     reference: str | None = field(
         default=None, metadata={"help": "reference policy; by default --model as it starts"}
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: quantise the model that lora_rank leaves as it is; CUDA only"},
+    )
     attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
     def __post_init__(self) -> None:
         TrainingSettings.__post_init__(self)
         DryRunOptions.__post_init__(self)
+        if self.load_in_4bit and self.lora_rank is None:
+            raise InputError(
+                "--load_in_4bit needs --lora_rank: quantised weights cannot be trained themselves"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,11 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_policy(config: Config) -> str:
     if config.dry_run:
-        return dry_run(config, config, config.model)
+        return dry_run(config, config, config.model, in_4bit=config.load_in_4bit)
     rows = read_data(config.data, config.method)
     held_out = [] if config.eval_data is None else read_data(config.eval_data, config.method)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, dtype=config.weights_dtype, attention=config.attention)
+    model = load_model(
+        config.model, dtype=config.weights_dtype, attention=config.attention, in_4bit=config.load_in_4bit
+    )
     load_reference = None
     if config.reference is not None:
         load_config(config.reference)  # a wrong name is told before there is a run folder

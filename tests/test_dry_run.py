@@ -139,6 +139,16 @@ def test_an_adapter_is_all_that_has_gradients() -> None:
     )
 
 
+def test_quantised_layers_take_four_bits_and_their_scales() -> None:
+    """Of Llama's 2 layers: 4 matrices of attention, two of them half as wide, and 3 of 32 x 64; the adapter stays."""
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    chosen = settings(dtype="bfloat16", lora_rank=2, lora_targets=["q_proj"])
+    _, plain = estimate(tiny_config("llama"), chosen, num_gpus=1, strategy="ddp")
+    _, small = estimate(tiny_config("llama"), chosen, num_gpus=1, strategy="ddp", in_4bit=True)
+    assert plain.weights - small.weights == pytest.approx(linear * (2 - 4.127 / 8), abs=1)
+    assert small.gradients == plain.gradients
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_activations_are_what_torch_allocates(family: Family, autocast: bool) -> None:

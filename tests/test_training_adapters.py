@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from mtpo import models
 from mtpo.errors import InputError
 from mtpo.models import load_config, load_model
 from mtpo.training import TrainingSettings, train
-from mtpo.training.adapters import target_modules, with_adapter
+from mtpo.training.adapters import check_merge, target_modules, with_adapter
 from recipes import train as train_recipe
 from recipes.engines import load_policy
 from tests.tiny_models import Family, tiny_model
-from tests.tiny_rows import tiny_pairs, tiny_singles
+from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
 from tests.tiny_tokenizers import make_tokenizer
 
 pytest.importorskip("peft")
@@ -236,6 +237,87 @@ def test_an_adapter_without_its_model_is_one_line(run: Path, tmp_path: Path) -> 
         (folder / "adapter_config.json").write_text(json.dumps(options | {"base_model_name_or_path": base}))
         with pytest.raises(InputError, match=message):
             load_model(folder)
+
+
+QLORA = ["--load_in_4bit", "--lora_rank", "4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "has_cuda", "package", "message"),
+    [
+        (["--load_in_4bit"], True, object(), "--load_in_4bit needs --lora_rank"),
+        (QLORA, False, object(), "4-bit weights need a CUDA device and bitsandbytes"),
+        (QLORA, True, None, "4-bit weights need a CUDA device and bitsandbytes"),
+    ],
+)
+def test_4_bits_are_refused_in_one_line_where_they_cannot_be(
+    start: Path, options: list[str], has_cuda: bool, package: Any, message: str, capsys: Any, monkeypatch: Any,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(models, "find_spec", lambda name: package)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs(4)))
+    argv = [
+        "--method",
+        "dpo",
+        "--model",
+        start,
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert train_recipe.main([str(a) for a in [*argv, "--learning_rate", "1e-2", *options]]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_4_bits_are_asked_of_transformers_as_qlora_has_them(start: Path, monkeypatch: Any) -> None:
+    """What is asked of a GPU that is not here: NF4, quantised scales, the model whole on this process's device."""
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(name: str, **options: Any) -> Any:
+        asked.update(options)
+        return tiny_model("gemma2"), {"missing_keys": []}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(models, "find_spec", lambda name: object())
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_model(start, dtype="bfloat16", in_4bit=True)
+    config = asked["quantization_config"]
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (
+        True,
+        "nf4",
+        True,
+    )
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16 and asked["device_map"] == {"": 3}
+
+
+QUANTISED: list[tuple[dict[str, Any], str]] = [
+    ({"lora_rank": None}, "a quantised model cannot be trained itself"),
+    ({"merge_adapter": True}, "merge_adapter would round the adapter to 4 bits"),
+]
+
+
+def test_a_quantised_value_network_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.is_quantized = True  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InputError, match="dro_v trains a copy of the model as its value network"):
+        train(model, tiny_labels(4), settings("dro_v"), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(("options", "message"), QUANTISED)
+def test_what_a_quantised_model_cannot_do_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.is_quantized = True  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InputError, match=message):
+        if settings(**options).lora_rank is None:
+            with_adapter(model, settings(**options))
+        else:
+            check_merge(with_adapter(model, settings(**options)), is_sharded=False)
 
 
 def test_an_adapter_trains_from_the_command_line_and_can_be_sampled_from(start: Path, tmp_path: Path) -> None:

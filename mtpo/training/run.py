@@ -170,11 +170,17 @@ def train(
 def place_model(model: PreTrainedModel, settings: TrainingSettings, device: torch.device) -> None:
     """Move a policy to where it is trained, in the types that the settings ask for."""
     require_layout(model, settings.layout, device)
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    if settings.pure_bfloat16:
-        model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
-    elif settings.computes_in_bfloat16 and settings.lora_rank is None:
-        keep_trained_weights_in_float32(model)
+    if getattr(model, "is_quantized", False):  # bitsandbytes has placed it
+        if settings.method == "dro_v":
+            raise InputError(
+                "dro_v trains a copy of the model as its value network, so it cannot be quantised"
+            )
+    else:
+        model.to(device)  # pyright: ignore[reportArgumentType]
+        if settings.pure_bfloat16:
+            model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
+        elif settings.computes_in_bfloat16 and settings.lora_rank is None:
+            keep_trained_weights_in_float32(model)
     if settings.gradient_checkpointing:
         unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
 
