@@ -241,7 +241,7 @@ async def _sample(
     engine = sampler.engine(options, options.max_in_flight)
     golds = {problem.id: problem.answer for problem in problems}
     try:
-        async with _interpreter(options) as interpreter:
+        async with open_interpreter(options) as interpreter:
             with _interruptible(progress) as is_stopping:
                 trajectories = rollout(
                     engine,
@@ -290,7 +290,7 @@ def _is_correct(trajectory: Trajectory, golds: Mapping[str, str]) -> bool:
     return grade(response, golds[trajectory.problem_id]).verdict == "correct"
 
 
-def _interpreter(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter | ClusterInterpreter:
+def open_interpreter(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter | ClusterInterpreter:
     """What runs the code: the sandbox of this machine, those of a Ray cluster, or a service.
 
     Raises:

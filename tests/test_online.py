@@ -185,7 +185,9 @@ def test_a_judge_that_is_down_pauses_the_run_and_nothing_is_lost(
     method: str, uninterrupted: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     moves, again = Moves(), Moves()
-    with pytest.raises(Paused, match=r"^paused after step \d of 6, nothing is lost: the judge is out$"):
+    with pytest.raises(
+        Paused, match=r"^paused after step \d of 6, nothing is lost: the judge is out; go on with --resume$"
+    ):
         run(method, tmp_path, moves, Verdicts(JudgeUnavailable("the judge is out"), fails_at=37))
     assert (run(method, tmp_path, again, Verdicts(), resume=True) == uninterrupted[method]).all()
     assert moves.count + again.count == 96

@@ -74,6 +74,10 @@ class ProgressBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the line, also after a training that did not come to its end."""
         if self.bar is not None:
             self.bar.close()
 

@@ -16,6 +16,7 @@ from mtpo.errors import EnvironmentFault, InputError
 from mtpo.models import fingerprint, require_exact_attention
 from mtpo.samplers import PolicySamplers
 from mtpo.training.adapters import check_merge
+from mtpo.training.callbacks import ProgressBar
 from mtpo.training.card import RunFacts
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.online_trainer import OnlineTrainer
@@ -111,6 +112,7 @@ def train_online(
         push_every=settings.sync_steps if "average" in settings.recipe.players else 1,
         max_rows=table.max_in_flight + table.max_in_flight // 2,
     )
+    callbacks = run_callbacks(out, num_steps, settings, progress)
     with Rounds(prompts, settings, samplers, table, out / "rounds", storage) as rounds:
         trainer = OnlineTrainer(
             policy,
@@ -120,7 +122,7 @@ def train_online(
             settings,
             args,
             tokenizer,
-            run_callbacks(out, num_steps, settings, progress),
+            callbacks,
             max_length=min(settings.max_length or sys.maxsize, _context(model)),
             starts_at_reference=starts_at_reference,
             value=value,
@@ -135,8 +137,13 @@ def train_online(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EnvironmentFault as error:
             trainer.save_here()
+            for bar in callbacks:
+                if isinstance(bar, ProgressBar):
+                    bar.close()
             step = trainer.state.global_step
-            raise Paused(f"paused after step {step} of {num_steps}, nothing is lost: {error}") from error
+            raise Paused(
+                f"paused after step {step} of {num_steps}, nothing is lost: {error}; go on with --resume"
+            ) from error
     policy.eval()
     facts = RunFacts(name_of(model), name_of(reference or model), len(prompts))
     save_model(trainer, out / "model", merge=settings.merge_adapter, facts=facts)

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from mtpo.chat import ChatFormat
 from mtpo.environment import Environment, Interpreter
 from mtpo.errors import EnvironmentFault, InputError
-from mtpo.judges import Judge
+from mtpo.judges import Judge, LLMJudge
 from mtpo.rollout import Decoding, RolloutLimits, rollout, turn_seed
 from mtpo.runs import read_json, write_json
 from mtpo.samplers import PolicySamplers, Sampler
@@ -117,10 +117,15 @@ class Rounds:
 
     def __exit__(self, *exception: object) -> None:
         try:
-            self._runner.run(self._open.aclose())
-            self._runner.run(self._policies.aclose())
+            self._runner.run(self._close())
         finally:
             self._runner.close()
+
+    async def _close(self) -> None:
+        await self._open.aclose()
+        await self._policies.aclose()
+        if isinstance(self._table.judge, LLMJudge):
+            await self._table.judge.aclose()
 
     def plays_of(self, step: int) -> list[Play]:
         """What came of this process's prompts of a step; played now if their round was not.
