@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quickstart(config: Config) -> str:
     folder, started = RunFolder.open(config.out, config, resume=config.resume), time.monotonic()
-    policy = supervised(folder.path / "sft", config)
+    policy = supervised(folder.path / "sft", config.demonstrations, config.seed)
     prompts = problems(
         "train", config.iterations * config.prompts, PROMPTS_START + config.seed * PROMPTS_A_SEED
     )
@@ -153,14 +153,17 @@ def quickstart(config: Config) -> str:
     return f"{made}: open {report} to look at all of it"
 
 
-def supervised(out: Path, config: Config) -> Path:
-    """Train a tiny Gemma 2 from scratch on demonstrations, unless that is done; the folder of the model."""
+def supervised(out: Path, num_demonstrations: int, seed: int, *, num_heads: int = 4) -> Path:
+    """Train a tiny Gemma 2 from scratch on demonstrations, unless that is done; the folder of the model.
+
+    Its tokenizer is trained on them too, so that it is the same for the same demonstrations.
+    """
     if (out / "model").exists():
         return out / "model"
-    shown = list(demonstrations(config.demonstrations, seed=config.seed))
+    shown = list(demonstrations(num_demonstrations, seed=seed))
     tokenizer = train_tokenizer(message["content"] for _, messages in shown for message in messages)
     rows = render_rows(ChatFormat.for_tokenizer(tokenizer), ((told.id, messages) for told, messages in shown))
-    model = make_tiny_gemma2(tokenizer, config.seed)
+    model = make_tiny_gemma2(tokenizer, seed, num_heads=num_heads)
     return train(model, rows, SFT, out, tokenizer=tokenizer, resume=True).model
 
 

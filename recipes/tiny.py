@@ -81,18 +81,24 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_gemma2(tokenizer: PreTrainedTokenizerFast, seed: int) -> Gemma2ForCausalLM:
-    """A Gemma 2 with random weights drawn from `seed`; torch's own random state is left as it was."""
+def make_tiny_gemma2(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, num_heads: int = 4
+) -> Gemma2ForCausalLM:
+    """A Gemma 2 with random weights drawn from `seed`; torch's own random state is left as it was.
+
+    Args:
+        num_heads: even; the width is 24 for each, 96 by default.
+    """
     pad_id, eos_id, bos_id, end_of_turn_id = (
         tokenizer.get_vocab()[token] for token in (PAD, EOS, BOS, END_OF_TURN)
     )
     config = Gemma2Config(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=24 * num_heads,
+        intermediate_size=48 * num_heads,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads // 2,
         head_dim=32,  # the smallest that vLLM attends with on a CPU
         query_pre_attn_scalar=32,
         max_position_embeddings=MAX_POSITIONS,

@@ -31,12 +31,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BASELINES = [[method, "--mask", mask] for method in ("dpo", "kto") for mask in ("none", "last_turn")]
-RUNS = [[method] for method in METHODS] + BASELINES
+RUNS = [[method] for method in METHODS if not METHODS[method].has_teacher] + BASELINES
 RUNS += [
     ["ipo", "--normalize", "true"],
     ["dpo", "--nll_coef", "1"],
     ["dro_v", "--value_learning_rate", "1e-2"],
 ]
+RUNS += [["pmpo", "--kl", "full"]]
 RUNS += [["pmpo", "--alpha", alpha, "--beta", "2"] for alpha in ("0", "1")]
 
 

@@ -17,7 +17,6 @@ from mtpo.errors import EngineError, InputError
 from mtpo.logprobs import action_logps
 from mtpo.models import load_model
 from mtpo.rollout import Sampling
-from recipes.quickstart import Config as QuickstartConfig
 from recipes.quickstart import supervised
 from tests.engine_conformance import (
     GREEDY,
@@ -232,7 +231,7 @@ async def test_adapters_are_served_and_swapped(folders: list[Path], adapters: li
 def quickstart_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     """The quickstart's first checkpoint, after 25 of its 1,000 steps."""
     out = tmp_path_factory.mktemp("quickstart") / "sft"
-    folder = supervised(out, QuickstartConfig(out=str(out.parent), demonstrations=400))
+    folder = supervised(out, num_demonstrations=400, seed=0)
     engine = VLLMEngine(folder, **SMALL)
     yield Subject(engine, load_model(folder))
     asyncio.run(engine.aclose())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -23,8 +24,10 @@ from mtpo.losses import (
     sampled_kl,
     sft_loss,
 )
+from mtpo.losses.distributions import DIVERGENCES, Divergence
 
-Options = Mapping[str, float]
+Options = Mapping[str, Any]
+"""Numbers, yes or no, and words."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,9 @@ class Scores:
     """(B,), the probability that the chosen side wins, where a judge gives one."""
     turn_ids: Tensor | None = None
     """(N, T), the turn that each action token belongs to, from 0; -1 off the mask."""
+    divergences: Tensor | None = None
+    """(N, T), between the next-token distributions of the policy and of another model, its teacher or reference, at
+    each action token; carries its gradient."""
     advantage_moments: tuple[float, float] | None = None
     """Mean and standard deviation of the turns' advantages over the global batch; None if this batch is all of it."""
 
@@ -77,9 +83,12 @@ class Method:
     loss: Callable[[Scores, Options], LossOut]
     defaults: Options = field(default_factory=dict)
     """The options that have an effect, with their defaults; any other option is refused."""
-
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of the options that are words."""
     has_values: bool = False
     """A value network is trained beside the policy."""
+    has_teacher: bool = False
+    """Learns from the distributions of another model, which is in memory all along."""
 
     @property
     def needs_reference(self) -> bool:
@@ -104,14 +113,18 @@ def kto(scores: Scores, options: Options) -> LossOut:
 
 
 def pmpo(scores: Scores, options: Options) -> LossOut:
-    """The KL estimate, KL(reference || policy), takes the rows for samples of the reference."""
+    """KL(reference || policy), by k3 or over the full vocabulary, takes the rows for samples of the reference."""
     assert scores.labels is not None and scores.ref_logps is not None
     per_token = bool(options["normalize"])
     logps, ref_logps = scores.logps.double(), scores.ref_logps.double()
+    if scores.divergences is not None:
+        kl = masked_sum(scores.divergences.double(), scores.mask, per_token)
+    else:
+        kl = sampled_kl(logps, ref_logps, scores.mask, "k3", "ref", per_token)
     out = pmpo_loss(
         scores.sums / scores.num_tokens if per_token else scores.sums,
         scores.labels,
-        sampled_kl(logps, ref_logps, scores.mask, "k3", "ref", per_token),
+        kl,
         options["alpha"],
         options["beta"],
         accepted_share=scores.desirable_share,
@@ -121,6 +134,20 @@ def pmpo(scores: Scores, options: Options) -> LossOut:
         if members.any():
             out.metrics[f"drift/{name}"] = drift[members].mean().item()
     return out
+
+
+def distilled(scores: Scores, options: Options) -> LossOut:
+    """Mean over the action tokens of the batch of the divergence from the teacher (arXiv 2306.13649, eq. 4)."""
+    assert scores.divergences is not None
+    num_tokens = scores.mask.sum()
+    loss = masked_sum(scores.divergences.double(), scores.mask).sum() / num_tokens
+    nll = -scores.sums.detach().sum().item() / num_tokens.item()
+    return LossOut(loss, None, {"nll": nll})
+
+
+def teacher_divergence(options: Options) -> Divergence:
+    """What kd and gkd minimise."""
+    return Divergence(options["divergence"], options["jsd_beta"], options["divergence_temperature"])
 
 
 def dro_v(scores: Scores, options: Options) -> LossOut:
@@ -140,6 +167,8 @@ def dro_v(scores: Scores, options: Options) -> LossOut:
 
 OF_PAIRS = {"label_smoothing": 0.0, "nll_coef": 0.0, "normalize": False}
 PAIRED = {"beta": 0.1} | OF_PAIRS
+OF_TEACHERS = {"jsd_beta": 0.5, "divergence_temperature": 1.0}
+DIVERGENCE = {"divergence": DIVERGENCES}
 
 METHODS: dict[str, Method] = {
     "sft": Method("single", sft),
@@ -153,6 +182,19 @@ METHODS: dict[str, Method] = {
     "squared": Method("pair", partial(paired, kind="squared"), PAIRED),
     "savage": Method("pair", partial(paired, kind="savage"), PAIRED),
     "kto": Method("label", kto, {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 1.0}),
-    "pmpo": Method("label", pmpo, {"alpha": 0.5, "beta": 0.5, "normalize": False}),
+    "pmpo": Method(
+        "label",
+        pmpo,
+        {"alpha": 0.5, "beta": 0.5, "normalize": False, "kl": "k3"},
+        choices={"kl": ("k3", "full")},
+    ),
     "dro_v": Method("label", dro_v, {"tau": 1.0}, has_values=True),
+    "kd": Method("single", distilled, {"divergence": "ce"} | OF_TEACHERS, DIVERGENCE, has_teacher=True),
+    "gkd": Method(
+        "single",
+        distilled,
+        {"divergence": "jsd", "on_policy": 0.5} | OF_TEACHERS,
+        DIVERGENCE,
+        has_teacher=True,
+    ),
 }

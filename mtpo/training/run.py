@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -18,14 +19,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from mtpo.batches import Row, masked_rows, row_length, usable_rows
+from mtpo.divergences import KL_FROM_REFERENCE, Comparison
 from mtpo.errors import InputError
 from mtpo.models import fingerprint, require_exact_attention, unwrapped
 from mtpo.scoring import require_layout
 from mtpo.training.adapters import check_merge, merged, with_adapter
 from mtpo.training.callbacks import Checkpoints, HeldOut, MetricsFile, ProgressBar
 from mtpo.training.card import RunFacts, file_digests, model_card
+from mtpo.training.distill import OnPolicy, OwnSamples
 from mtpo.training.guards import EqualGradients, check_one_bos
 from mtpo.training.hub import check_hub, push
+from mtpo.training.methods import teacher_divergence
 from mtpo.training.mismatch import with_mismatched
 from mtpo.training.precision import LostUpdates, keep_trained_weights_in_float32
 from mtpo.training.reference import add_reference_logps
@@ -34,6 +38,7 @@ from mtpo.training.settings import TrainingSettings
 from mtpo.training.sharding import WeightsAreSharded
 from mtpo.training.trainer import TrajectoryTrainer
 from mtpo.training.value import ValueNetwork, ValueTraining, standardized_reward
+from mtpo.vocabularies import require_one_vocabulary
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ def train(
     out: str | Path,
     *,
     reference_model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
+    teacher: PreTrainedModel | None = None,
+    on_policy: OnPolicy | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     eval_rows: Sequence[Row] = (),
     data_files: Sequence[Path] = (),
@@ -79,9 +86,12 @@ def train(
             replaced by those of the last checkpoint.
         rows: of the kind that the method takes; see `mtpo.batches`.
         reference_model: `model` as it is now, if None. Methods on single rows have none. Of a function that loads
-            it, the model is let go of before training starts.
+            it, the model is let go of before training starts; pmpo with kl="full" keeps it on the device.
         eval_rows: held-out rows of the same kind, looked at every `eval_steps` and after the last step.
         data_files: where the rows are from, for the model card.
+        teacher: what kd and gkd learn from. It is moved to the device, and gets no gradient.
+        on_policy: how gkd's student samples. Its samples take the place of rows; the last step is left out if it
+            has fewer than `batch_size`.
         resume: go on from the last checkpoint in `out`, or start if there is none.
 
     Raises:
@@ -98,10 +108,11 @@ def train(
         raise InputError(
             f"{out} holds {checkpoint.name} of an earlier run: resume it, or take another folder"
         )
+    _check_teacher(teacher, on_policy, model, settings)
     if settings.eval_steps is not None and not eval_rows:
         raise InputError("eval_steps has no effect without held-out rows")
-    kept, num_dropped = _usable_rows(rows, settings, model)
-    held_out = _usable_rows(eval_rows, settings, model)[0] if eval_rows else []
+    kept, num_dropped = _usable_rows(rows, settings, model, teacher)
+    held_out = _usable_rows(eval_rows, settings, model, teacher)[0] if eval_rows else []
     if tokenizer is not None and tokenizer.bos_token_id is not None:
         check_one_bos([*kept, *held_out], int(tokenizer.bos_token_id))  # pyright: ignore[reportArgumentType]
     if settings.method == "kto":
@@ -111,7 +122,9 @@ def train(
     kept, held_out = masked_rows(kept, settings.mask), masked_rows(held_out, settings.mask)
     args = training_arguments(settings, out)
     place_model(model, settings, args.device)
-    starts_at_reference, value_network = False, None
+    starts_at_reference, value_network, comparison = False, None, None
+    if teacher is not None:
+        comparison = Comparison(_frozen(teacher, args), teacher_divergence(settings.options))
     reference_name = ""
     if settings.recipe.needs_reference:
         disable_dropout(model)
@@ -127,12 +140,16 @@ def train(
             value_network = ValueNetwork(reference).to(args.device)
             if settings.computes_in_bfloat16:
                 keep_trained_weights_in_float32(value_network)
+        if settings.options.get("kl") == "full":
+            comparison = Comparison(_kept_reference(reference, model, settings, args), KL_FROM_REFERENCE)
         del reference, reference_model
     elif reference_model is not None:
         raise InputError(f"reference_model has no effect on method {settings.method!r}")
     policy = trainable(model, settings)
 
     order = training_order([row_length(row) for row in kept], settings)
+    if on_policy is not None:
+        order = order[: len(order) - len(order) % settings.batch_size]
     num_steps = math.ceil(len(order) / settings.batch_size)
     value = None
     if reward is not None and value_network is not None:
@@ -146,9 +163,14 @@ def train(
         run_callbacks(out, num_steps, settings, progress),
         starts_at_reference=starts_at_reference,
         value=value,
+        comparison=comparison,
+        own_samples=None if on_policy is None else _own_samples(on_policy, settings, args, num_steps),
     )
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if on_policy is not None and is_sharded:
+        raise InputError("on_policy needs the whole student in every process: train it unsharded")
     if settings.merge_adapter:
-        check_merge(policy, is_sharded=trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        check_merge(policy, is_sharded=is_sharded)
     if held_out:
         trainer.held_out = held_out
         trainer.add_callback(HeldOut(settings.eval_steps))
@@ -255,17 +277,22 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _usable_rows(
-    rows: Sequence[Row], settings: TrainingSettings, model: PreTrainedModel
+    rows: Sequence[Row], settings: TrainingSettings, model: PreTrainedModel, teacher: PreTrainedModel | None
 ) -> tuple[list[Row], int]:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(map(_context, (model, teacher or model)))
     kept = usable_rows(
         rows,
         settings.recipe.rows,
         trainer=f"method {settings.method!r}",
         vocab_size=unwrapped(model).get_input_embeddings().num_embeddings,
-        max_length=min(settings.max_length or context or sys.maxsize, context or sys.maxsize),
+        max_length=min(settings.max_length or context, context),
     )
     return kept, len(rows) - len(kept)
+
+
+def _context(model: PreTrainedModel) -> int:
+    """The longest row that the model can read."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def training_arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
@@ -320,6 +347,60 @@ def _loaded(model: PreTrainedModel | Callable[[], PreTrainedModel] | None) -> Pr
     if model is None or isinstance(model, nn.Module):  # PEFT's wrappers are no PreTrainedModel
         return model  # pyright: ignore[reportReturnType]
     return model()
+
+
+def _check_teacher(
+    teacher: PreTrainedModel | None,
+    on_policy: OnPolicy | None,
+    model: PreTrainedModel,
+    settings: TrainingSettings,
+) -> None:
+    """
+    Raises:
+        InputError: a distilling method has no teacher or no way to sample, another method has one, or the teacher's
+            vocabulary is another one.
+    """
+    method, share = settings.method, settings.options.get("on_policy", 0)
+    if settings.recipe.has_teacher and teacher is None:
+        raise InputError(f"method {method!r} needs a teacher: recipes.distill trains it")
+    if teacher is not None and not settings.recipe.has_teacher:
+        raise InputError(f"teacher has no effect on method {method!r}")
+    if bool(share) != (on_policy is not None):
+        raise InputError(f"on_policy is {share}, so that the student must {'' if share else 'not '}sample")
+    if teacher is not None:
+        require_exact_attention(teacher)
+        require_one_vocabulary({"student": model, "teacher": teacher}, purpose="distillation")
+
+
+def _own_samples(
+    on_policy: OnPolicy, settings: TrainingSettings, args: TrainingArguments, num_steps: int
+) -> OwnSamples:
+    return OwnSamples(
+        on_policy,
+        share=settings.options["on_policy"],
+        seed=settings.seed,
+        mask=settings.mask,
+        num_steps=num_steps,
+        batch_size=settings.batch_size,
+        micro_batch_size=args.per_device_train_batch_size,
+        process=args.process_index,
+        num_processes=args.world_size,
+    )
+
+
+def _kept_reference(
+    reference: PreTrainedModel, model: PreTrainedModel, settings: TrainingSettings, args: TrainingArguments
+) -> nn.Module | None:
+    """The reference as it is now, to be kept while the policy changes; None for the policy without its new adapter."""
+    if reference is not model:
+        return _frozen(reference, args)
+    if settings.lora_rank is not None and not hasattr(model, "peft_config"):
+        return None
+    return _frozen(copy.deepcopy(model), args)
+
+
+def _frozen(model: PreTrainedModel, args: TrainingArguments) -> nn.Module:
+    return model.to(args.device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -25,13 +25,20 @@ RANGES: dict[str, tuple[float, float]] = {
     "lambda_pos": (0, float("inf")),
     "lambda_neg": (0, float("inf")),
     "normalize": (False, True),
+    "jsd_beta": (0, 1),
+    "divergence_temperature": (0, float("inf")),
+    "on_policy": (0, 1),
 }
-"""Of the options that only some methods have; beta and tau must also differ from 0."""
+"""Of the options that only some methods have."""
+POSITIVE = ("beta", "tau", "divergence_temperature")
+"""Those of them that must differ from 0."""
+WORDS = ("kl", "divergence")
+"""Options that only some methods have, each with its own choices."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train. The options from `alpha` to `normalize` are None for the method's own default.
+    """How to train. The options from `alpha` to `on_policy` are None for the method's own default.
 
     Raises:
         InputError: a value is out of range, or is set although the method does not use it.
@@ -68,6 +75,28 @@ class TrainingSettings:
     normalize: bool | None = field(
         default=None,
         metadata={"help": "true: divide what a trajectory counts by its number of action tokens"},
+    )
+    kl: str | None = field(
+        default=None,
+        metadata={
+            "help": "pmpo: k3 estimates the KL from the sampled tokens, full sums over the vocabulary and keeps "
+            "the reference in memory"
+        },
+    )
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": "kd, gkd: ce (cross entropy), forward_kl (teacher first), reverse_kl (student first), jsd"
+        },
+    )
+    jsd_beta: float | None = field(
+        default=None, metadata={"help": "the teacher's share in jsd's mixture; 0 is forward, 1 is reverse KL"}
+    )
+    divergence_temperature: float | None = field(
+        default=None, metadata={"help": "kd, gkd: the logits of both models are divided by it"}
+    )
+    on_policy: float | None = field(
+        default=None, metadata={"help": "gkd: share of the batches that the student samples itself"}
     )
     value_learning_rate: float | None = field(
         default=None,
@@ -171,21 +200,30 @@ class TrainingSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        for name in (*self.RANGES, *WORDS):
+            self._check_option(name)
         for name, (low, high) in self.RANGES.items():
-            self._check_option(name, low, high)
+            self._check_range(name, low, high)
+        for name, choices in self.recipe.choices.items():
+            if self.options[name] not in choices:
+                raise InputError(f"{name} is {self.options[name]!r}; expected one of {', '.join(choices)}")
+        if self.jsd_beta is not None and self.options["divergence"] != "jsd":
+            raise InputError(f"jsd_beta has no effect on divergence {self.options['divergence']!r}")
         self._check_numbers()
         self._check_adapter()
 
-    def _check_option(self, name: str, low: float, high: float) -> None:
+    def _check_option(self, name: str) -> None:
+        if getattr(self, name) is not None and name not in self.recipe.defaults:
+            used = ", ".join(self.recipe.defaults) or "none of these options"
+            raise InputError(f"{name} has no effect on method {self.method!r}, which uses {used}")
+
+    def _check_range(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        if name not in self.recipe.defaults:
-            used = ", ".join(self.recipe.defaults) or "none of these options"
-            raise InputError(f"{name} has no effect on method {self.method!r}, which uses {used}")
         if isinstance(self.recipe.defaults[name], bool) != isinstance(value, bool):
             raise InputError(f"{name} is {value!r}, expected {type(self.recipe.defaults[name]).__name__}")
-        if not low <= value <= high or (name in ("beta", "tau") and value == 0):
+        if not low <= value <= high or (name in POSITIVE and value == 0):
             raise InputError(f"{name} is {value}, expected a number from {low} to {high}")
 
     def _check_numbers(self) -> None:

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from mtpo.batches import PairCollator, Row, SingleCollator, row_name
+from mtpo.divergences import Comparison, logps_and_divergences
 from mtpo.errors import GuardError, InputError
 from mtpo.logprobs import install
 from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
 from mtpo.scoring import batch_logps
+from mtpo.training.distill import OwnSamples
 from mtpo.training.methods import Scores
 from mtpo.training.metrics import (
     CollapseMonitor,
@@ -59,7 +61,7 @@ class TrajectoryTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: Sequence[Row],
+        rows: list[Row],
         settings: TrainingSettings,
         args: TrainingArguments,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -67,6 +69,8 @@ class TrajectoryTrainer(Trainer):
         *,
         starts_at_reference: bool,
         value: ValueTraining | None = None,
+        comparison: Comparison | None = None,
+        own_samples: OwnSamples | None = None,
     ) -> None:
         """
         Args:
@@ -74,7 +78,11 @@ class TrajectoryTrainer(Trainer):
                 mismatched rows.
             starts_at_reference: policy and reference are equal at step 0, which is then checked.
             value: the value network that dro_v trains beside the policy.
+            comparison: with the model whose distributions a method wants, on this device.
+            own_samples: what takes the place of `rows` in steps whose sequences the policy samples itself.
         """
+        self.own_samples = own_samples
+        self.comparison = comparison
         self.value = value
         if value is not None:
             callbacks = [*callbacks, value]
@@ -84,6 +92,7 @@ class TrajectoryTrainer(Trainer):
         self.held_out: Sequence[Row] = ()
         """Rows to `evaluate` on, as those that are trained on: with reference log-probs, for kto mismatched rows."""
         self.starts_at_reference = starts_at_reference
+        self.of_samples: dict[str, float] = {}
         self.z0: Tensor | None = None
         self.desirable_share: Tensor | None = None
         self.metrics = StepMetrics()
@@ -125,6 +134,8 @@ class TrajectoryTrainer(Trainer):
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one step, and how many examples they hold over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if self.own_samples is not None:
+            batches = self._with_own_samples(batches, self.own_samples)
         count = torch.tensor(sum(self._count(batch) for batch in batches), device=device)
         if self.settings.method == "kto":
             self.z0 = self._baseline(batches, "kl_")
@@ -249,8 +260,27 @@ class TrajectoryTrainer(Trainer):
             return int(batch["completion_mask"].sum())
         return len(batch["index"])
 
+    def _with_own_samples(self, batches: list[Batch], own: OwnSamples) -> list[Batch]:
+        """The micro-batches of a step, filled with what the policy has sampled if it is the turn of that."""
+        step = self.state.global_step
+        if not own.is_due(step):
+            self.of_samples = {"on_policy": 0.0}
+            return batches
+        self.of_samples = {"on_policy": 1.0, "staleness": float(own.staleness(step))}
+        places = [batch["index"].tolist() for batch in batches]
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        rows = own.rows(policy, step, [place for part in places for place in part])
+        for place, row in zip((place for part in places for place in part), rows, strict=True):
+            self.rows[place] = row
+        return [self.data_collator([self.train_dataset[place] for place in part]) for part in places]  # pyright: ignore
+
     def _scores(self, model: nn.Module, batch: Batch) -> Scores:
-        logps, sums = self._score(model, batch)
+        divergences = None
+        if self.comparison is not None:
+            logps, divergences = logps_and_divergences(model, batch, self.comparison)
+        else:
+            logps = batch_logps(model, batch)
+        sums = self._sums(logps, batch)
         rewards = values = None
         if self.value is not None and self.value.reward is not None:
             rewards = self.value.reward(batch["labels"])
@@ -265,16 +295,15 @@ class TrajectoryTrainer(Trainer):
             desirable_share=self.desirable_share,
             rewards=rewards,
             values=values,
+            divergences=divergences,
         )
 
-    def _score(self, model: nn.Module, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
-        """Log-probs, (N, T), and their float64 sums, (N,): a float32 sum of a long trajectory loses 1e-4."""
-        mask = batch[f"{prefix}completion_mask"]
-        logps = batch_logps(model, batch, prefix)
+    def _sums(self, logps: Tensor, batch: Batch, prefix: str = "") -> Tensor:
+        """Of log-probs, (N, T), in float64, (N,): a float32 sum of a long trajectory loses 1e-4."""
         finite = torch.isfinite(logps).all(-1)
         if not finite.all():
             raise NotFinite(f"log-probs are not finite on {self._names(batch, ~finite)}")
-        return logps, masked_sum(logps.double(), mask)
+        return masked_sum(logps.double(), batch[f"{prefix}completion_mask"])
 
     @torch.no_grad()
     def _baseline(self, batches: Sequence[Batch], prefix: str) -> Tensor:
@@ -287,7 +316,8 @@ class TrajectoryTrainer(Trainer):
         for batch in batches:
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                _, sums = self._score(self.model_wrapped, batch, prefix)  # pyright: ignore[reportArgumentType]
+                logps = batch_logps(self.model_wrapped, batch, prefix)  # pyright: ignore[reportArgumentType]
+            sums = self._sums(logps, batch, prefix)
             ref_logps = masked_sum(batch[f"{prefix}ref_logps"].double(), batch[f"{prefix}completion_mask"])
             rho.append((sums - ref_logps)[:0] if FILLER in batch else sums - ref_logps)
         return kto_baseline(torch.cat(rho))
@@ -307,7 +337,7 @@ class TrajectoryTrainer(Trainer):
         values = {"tokens": float(batch["attention_mask"].sum()), "action_tokens": float(scores.mask.sum())}
         if self.settings.recipe.rows == "pair":
             values |= pair_metrics(scores)
-        self.metrics.add(values | out.metrics, weight=self._count(batch))
+        self.metrics.add(values | self.of_samples | out.metrics, weight=self._count(batch))
 
     def _names(self, batch: Batch, which: Tensor | None = None) -> str:
         """The rows of a micro-batch, or those among its trajectories that `which` marks or lists."""
