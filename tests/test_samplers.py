@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtpo.engines import cached_model
 from mtpo.engines.transformers import TransformersEngine
 from mtpo.errors import EngineError, InputError
 from mtpo.models import fingerprint
@@ -122,6 +123,27 @@ async def test_the_trainer_may_step_while_engines_of_their_own_weights_are_sampl
     train(policy, 1)
     samplers.update(1)
     assert await call == expected
+    await samplers.aclose()
+
+
+async def test_only_weights_that_sample_are_read_for_their_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, reference = policy_and_reference()
+    samplers, read = PolicySamplers(policy, reference), []
+    monkeypatch.setattr(cached_model, "fingerprint", lambda model: read.append(model) or fingerprint(model))
+    for sampler in (CURRENT, REFERENCE, geo_mix(0.5)):
+        samplers.engine(sampler)
+    for step in range(1, 6):
+        train(policy, step)
+        samplers.update(step)
+    assert not read
+    await logps_of(samplers, CURRENT)
+    sampled = fingerprint(policy)
+    train(policy, 6)  # before the samplers are told
+    assert samplers.engine(CURRENT).fingerprint == sampled
+    await logps_of(samplers, geo_mix(0.5))
+    assert read == [policy, reference]
     await samplers.aclose()
 
 

@@ -93,11 +93,18 @@ class Weights:
                 f"the model was loaded with attn_implementation={self.config._attn_implementation!r}; "
                 f"this engine needs one of {', '.join(EXACT_ATTENTION)}"
             )
-        self.refresh()
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Computed when it is asked for, and when sampling begins, so that steps without sampling cost nothing."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model)
+        return self._fingerprint
 
     def refresh(self) -> None:
-        """Compute the fingerprint again, after the weights have changed in place."""
-        self.fingerprint = fingerprint(self.model)
+        """The weights have changed in place: the fingerprint is another one."""
+        self._fingerprint = None
 
 
 class CachedModel:
@@ -125,6 +132,7 @@ class CachedModel:
         self._model.eval()
         self._backbone.eval()  # a twin, where it is one, has flags of its own
         self._cache.move_to(self._model.device)  # a trainer may have moved the model
+        _ = self.fingerprint  # of the weights that are about to sample, whatever happens to them later
 
     def refresh(self) -> None:
         self._weights.refresh()
