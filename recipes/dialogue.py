@@ -146,6 +146,8 @@ class Config(EngineOptions):
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit must be at least 1, got {self.limit}")
         if self.temperature < 0:
             raise InputError(f"--temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -155,6 +157,7 @@ class Config(EngineOptions):
             (STUDENT_OPTIONS, is_scripted, "the scripted student"),
             (("per_problem",), self.judge == "none", "--judge none"),
             (("demonstrations",), not is_tiny, "--model"),
+            (("student_tokenizer",), self.student_engine == "transformers", "--student_engine transformers"),
             (("judge_urls", "judge_model"), self.judge != "llm", f"--judge {self.judge}"),
         ):
             for option in fields(self):
@@ -167,10 +170,6 @@ class Config(EngineOptions):
         if self.judge == "llm" and not (self.judge_urls and self.judge_model):
             raise InputError("--judge llm needs --judge_urls and --judge_model")
         self.of_student  # noqa: B018 - it has checks of its own
-
-    @property
-    def student_options(self) -> EngineOptions:
-        return EngineOptions(engine=self.student_engine, urls=self.student_urls)
 
     @property
     def of_student(self) -> EngineOptions:

@@ -211,6 +211,11 @@ def test_a_talk_is_shown_in_the_terminal_with_its_mask(run: Path, capsys: pytest
         (["--student", "m", "--judge", "none", "--student_engine", "x"], "--engine must be one of"),
         (["--model", "./absent"], "tokenizer ./absent: no such folder"),
         (["--student", "./absent", "--judge", "none"], "tokenizer ./absent: no such folder"),
+        (
+            ["--student", "m", "--judge", "none", "--student_tokenizer", "t"],
+            "--student_tokenizer has no effect with --student_engine transformers",
+        ),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--top_p", "0"], "--top_p must be above 0 and at most 1, got 0.0"),
         (["--temperature", "-1"], "--temperature must not be negative, got -1.0"),
