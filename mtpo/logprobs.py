@@ -227,9 +227,8 @@ def over_tiles(
     rows = max(1, (max_tile or MAX_TILE) // model.config.get_text_config().vocab_size)
     if _is_plain(head):
         gradient = gradient or _by_autograd(value)
-        return _Tiled.apply(
-            hidden, _gathered(head.weight), _gathered(head.bias), value, gradient, softcap, rows
-        )
+        weight = _as_autocast(_gathered(head.weight))
+        return _Tiled.apply(hidden, weight, _gathered(head.bias), value, gradient, softcap, rows)
 
     def tile_value(hidden: Tensor, tile: slice) -> Tensor:
         return value(head_logits(model, hidden), tile)
@@ -374,6 +373,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _is_plain(head: nn.Module) -> bool:
     """The head is its weight and bias: no LoRA, no quantisation, no other module in disguise."""
     return isinstance(head, nn.Linear) and head.weight.is_floating_point()
+
+
+def _as_autocast(weight: Tensor) -> Tensor:
+    """What autocast multiplies by: on a GPU, products of float32 would take longer than the rest of the model."""
+    device = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return weight.to(torch.get_autocast_dtype(device))
+    return weight
 
 
 def _gathered(parameter: Any) -> Any:

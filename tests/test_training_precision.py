@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mtpo.errors import InputError
+from mtpo.logprobs import action_logps
 from mtpo.models import load_model
 from mtpo.training import TrainingSettings, train
 from tests.tiny_models import tiny_model
@@ -85,6 +86,24 @@ def test_policy_and_reference_are_computed_alike(tmp_path: Path) -> None:
         assert len(steps(tmp_path)) == 1
     caches = sorted(path.name.split("-", 1)[1] for path in (tmp_path / "reference").iterdir())
     assert caches == ["float32-bfloat16-tokens-0.jsonl", "float32-tokens-0.jsonl"]
+
+
+def test_the_head_multiplies_by_what_autocast_would_and_sums_in_float32() -> None:
+    model = tiny_model("gemma2", std=0.1)
+    ids, mask = torch.arange(3, 13)[None], torch.tensor([[0, 0, *[1] * 8]])
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = action_logps(model, ids, mask)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # pyright: ignore
+    head = model.get_output_embeddings().weight  # pyright: ignore
+    by_hand = {}
+    for name, weight in (("rounded", head.bfloat16().float()), ("exact", head)):
+        logits = 30 * torch.tanh(hidden.float() @ weight.T / 30)  # pyright: ignore
+        of_ids = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        by_hand[name] = of_ids[1:]
+    torch.testing.assert_close(logps[0, 2:], by_hand["rounded"], rtol=1e-5, atol=1e-5)
+    assert (logps[0, 2:] - by_hand["exact"]).abs().max() > 1e-4
+    logps.sum().backward()
+    assert head.grad is not None and head.grad.dtype == torch.float32  # pyright: ignore
 
 
 def test_an_adapter_on_a_bfloat16_model_is_float32(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Memory:
     """dro_v's, with its gradients and optimiser states: whole on every GPU."""
     activations: int
     head: int
-    """Tiles of logits, hidden states of action tokens, and the head's gradient while it is summed up."""
+    """Tiles of logits, hidden states of action tokens, the head's gradient while it is summed up, and its cast."""
 
     @property
     def total(self) -> int:
@@ -188,7 +188,9 @@ def _head(model: Any, config: Any, settings: TrainingSettings, num_gpus: int) ->
     selected = 2 * tokens * config.hidden_size * 4
     tiles = 3 * min(MAX_TILE, tokens * config.vocab_size) * 4
     weight = unwrapped(model).get_output_embeddings().weight
-    return selected + tiles + (4 * weight.numel() if weight.requires_grad else 0)
+    gradient = 4 * weight.numel() if weight.requires_grad else 0
+    cast = 2 * weight.numel() if settings.computes_in_bfloat16 and weight.dtype == torch.float32 else 0
+    return selected + tiles + gradient + cast
 
 
 def _saved_by_quantising(model: Any) -> int:
