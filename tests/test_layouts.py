@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AttentionInterface, MambaConfig
 
 from mtpo.batches import PairCollator, Row
@@ -97,12 +99,14 @@ def value_and_gradient(model: Any, layout: Layout) -> tuple[Tensor, dict[str, Te
     logps = batch_logps(model, PairCollator(0, layout)(PAIRS))
     weights = torch.arange(logps.numel()).reshape(logps.shape).cos()
     (logps * weights).sum().backward()
-    return logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logps.detach(), gradient
 
 
 def assert_same(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
     torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=2e-5)
     largest = max(gradient.abs().max().item() for gradient in expected[1].values())
+    assert actual[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         torch.testing.assert_close(actual[1][name], gradient, rtol=0, atol=1e-5 * largest)
 
@@ -166,6 +170,35 @@ def test_flex_attention_takes_the_same_masks(family: Family, layout: Layout, pad
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         actual = batch_logps(flex, PairCollator(0, layout)(PAIRS))
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "lora"])
+def test_wrapped_models_take_the_masks_of_a_tree(wrapper: str, tmp_path: Path) -> None:
+    """One process is enough: what could go wrong is how a wrapper hands on a dictionary of masks."""
+    plain, model = tiny_model("gemma2", std=0.3), tiny_model("gemma2", std=0.3)
+    expected = value_and_gradient(plain, "padded")
+    if wrapper == "lora":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval()
+        assert_same(value_and_gradient(model, "tree"), value_and_gradient(model, "padded"))
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if wrapper == "ddp":
+            wrapped: Any = torch.nn.parallel.DistributedDataParallel(model)
+        else:
+            mesh = init_device_mesh("cpu", (1,))
+            for layer in model.base_model.layers:  # pyright: ignore
+                fully_shard(layer, mesh=mesh)  # pyright: ignore
+            wrapped = fully_shard(model, mesh=mesh)
+        logps, gradient = value_and_gradient(wrapped, "tree")
+    finally:
+        torch.distributed.destroy_process_group()
+    whole = {
+        name.removeprefix("module."): getattr(g, "to_local", lambda g=g: g)() for name, g in gradient.items()
+    }
+    assert_same((logps, whole), expected)
 
 
 METHODS: dict[str, tuple[Callable[[], list[Row]], tuple[Layout, ...]]] = {
