@@ -83,8 +83,7 @@ class PolicySamplers:
 
     With `push_every` 1 the trainer's own modules sample, so that there is one copy of the policy; above 1 there is a
     second one, which stays as it is between two pushes. `previous` takes a copy, and k + 1 in main memory; `ema` takes
-    a copy in float32, and above 1 a second one. Where a push
-    is followed by sampling, all weights are read once, for the fingerprint.
+    a copy in float32, and above 1 a second one. Sampling after a push first reads all weights, for the fingerprint.
 
     Args:
         policy: the model that is trained in place, bare or wrapped, but not sharded. Sampling leaves it in eval mode.
