@@ -34,8 +34,9 @@ def run_recipe(
     """Parse the command line, run the recipe, print the line that it returns; of many processes, the first does.
 
     Returns:
-        The exit status: 0; 1 after an `MtpoError` or an error of the operating system, printed as one line on
-        stderr; 130 after Ctrl-C. argparse itself exits with 2 on flags it does not know.
+        The exit status: 0; 1 after an `MtpoError`, an error of the operating system or the end of another process
+        of the same run, printed as one line on stderr; 130 after Ctrl-C. argparse itself exits with 2 on flags it
+        does not know.
     """
     try:
         line = recipe(parse_config(config_class, name, argv))
@@ -43,6 +44,10 @@ def run_recipe(
         return _fail(str(error))
     except OSError as error:
         return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # gloo's "Connection closed by peer" and "reset by peer"
+            raise
+        return _fail("another process of this run has ended: its own message says why")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130

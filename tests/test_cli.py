@@ -110,3 +110,22 @@ def test_the_option_that_may_come_first_needs_no_flag() -> None:
 
     for argv in (["runs/a", "--port", "1"], ["--port", "1", "--run", "runs/a"]):
         assert parse_config(View, "recipes.view", argv) == View("runs/a", 1)
+
+
+def test_of_many_processes_the_first_prints_the_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in "012":
+        monkeypatch.setenv("RANK", rank)
+        assert run_recipe(Config, lambda config, rank=rank: f"by {rank}", "recipes.count", ["--out", "x"]) == 0
+    assert capsys.readouterr().out == "by 0\n"
+
+
+def test_the_end_of_another_process_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def recipe(config: Config) -> str:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:54981.")
+
+    assert run_recipe(Config, recipe, "recipes.count", ["--out", "x"]) == 1
+    assert capsys.readouterr().err == (
+        "error: another process of this run has ended: its own message says why\n"
+    )

@@ -76,3 +76,13 @@ def test_broken_json_names_file_and_line(tmp_path: Path) -> None:
     path.write_text('{"a": 1,\n oops}')
     with pytest.raises(InputError, match=r"config.json, line 2: not JSON"):
         read_json(path)
+
+
+def test_of_many_processes_the_first_writes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("1", "0", "2"):  # in whatever order they come
+        monkeypatch.setenv("RANK", rank)
+        folder = RunFolder.open(tmp_path / "run", Config(), resume=False)
+        folder.finish({"rank": rank})
+    assert folder.summary == {"rank": "0"}
