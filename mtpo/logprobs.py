@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from mtpo.errors import InputError
-from mtpo.models import unwrapped
+from mtpo.models import unwrapped, whole
 
 MAX_TILE = 1 << 26
 """Logits that exist at once: 256 MiB in float32; the backward pass holds about three such tiles."""
@@ -227,8 +227,8 @@ def over_tiles(
     rows = max(1, (max_tile or MAX_TILE) // model.config.get_text_config().vocab_size)
     if _is_plain(head):
         gradient = gradient or _by_autograd(value)
-        weight = _as_autocast(_gathered(head.weight))
-        return _Tiled.apply(hidden, weight, _gathered(head.bias), value, gradient, softcap, rows)
+        weight = _as_autocast(whole(head.weight))
+        return _Tiled.apply(hidden, weight, whole(head.bias), value, gradient, softcap, rows)
 
     def tile_value(hidden: Tensor, tile: slice) -> Tensor:
         return value(head_logits(model, hidden), tile)
@@ -381,8 +381,3 @@ def _as_autocast(weight: Tensor) -> Tensor:
     if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return weight.to(torch.get_autocast_dtype(device))
     return weight
-
-
-def _gathered(parameter: Any) -> Any:
-    """The whole tensor, where FSDP2 holds a shard of it."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -148,16 +149,32 @@ def unwrapped(model: nn.Module) -> Any:
     return unwrap_peft() if unwrap_peft is not None else model
 
 
+def whole(parameter: Any) -> Any:
+    """The tensor itself, put together where FSDP2 holds a shard of it; then all processes have to ask for it."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def gathered(parameter: Any) -> AbstractContextManager[Any]:
+    """While it lasts, what DeepSpeed's ZeRO-3 has cut up is whole; all processes have to enter it."""
+    if getattr(getattr(parameter, "ds_status", None), "name", "") != "NOT_AVAILABLE":
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+    return GatheredParameters([parameter])
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names, types, shapes and bytes of all weights, adapters included; 64 hex digits.
 
-    Reads every weight once: about a second per GB.
+    Reads every weight once: about a second per GB. Of sharded weights it is that of the whole ones, and all processes
+    have to ask for it.
     """
     digest = hashlib.sha256()
     for name, parameter in unwrapped(model).named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(content.numpy())  # pyright: ignore[reportArgumentType]
+        with gathered(parameter):
+            weights = whole(parameter.detach()).cpu().contiguous()
+        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
+        digest.update(weights.view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
 
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mtpo.errors import GuardError, InputError
-from mtpo.models import load_model
+from mtpo.models import fingerprint, load_model, whole
 from mtpo.training import METHODS, TrainingSettings, run, train
 from mtpo.training.guards import EqualGradients
+from mtpo.training.online import train_online
+from mtpo.training.online_settings import OnlineSettings
 from tests.process_pair import launcher_environment, leave_together, start_pair
 from tests.tiny_models import Family, tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
@@ -41,11 +42,14 @@ class Case:
         """Two steps or more: of 4 rows, 2 on each process one after the other, and of 1 row at last."""
         options = {"learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 1, "max_grad_norm": 1e9}
         settings = TrainingSettings(method=self.method, **options | dict(self.options))
-        model = tiny_model(self.family, std=0.1)
-        train(model, ROWS[METHODS[self.method].rows](5)[:5], settings, out, resume=resume, progress=False)
+        model, rows = tiny_model(self.family, std=0.1), ROWS[settings.recipe.rows](5)[:5]
+        teacher = tiny_model(self.family, std=0.1, seed=1) if settings.recipe.has_teacher else None
+        train(model, rows, settings, out, teacher=teacher, resume=resume, progress=False)
 
 
 METHOD_CASES = {method: Case(method) for method in METHODS}
+METHOD_CASES["gkd"] = Case("gkd", options=(("on_policy", 0.0),))
+METHOD_CASES["pmpo_full"] = Case("pmpo", options=(("kl", "full"),))
 CASES = METHOD_CASES | {
     "untied": Case("dpo", "llama", (("gradient_checkpointing", True),)),
     "bfloat16": Case("dpo", options=(("dtype", "bfloat16"),)),
@@ -54,20 +58,17 @@ CASES = METHOD_CASES | {
 
 
 class RecordedGradients(EqualGradients):
-    """Keeps the gradients of the first step, put together, and how many of the weights are shards."""
+    """Keeps of the first step how many weights are shards, their fingerprint, and the gradients, put together."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_pre_optimizer_step(args, state, control, **kwargs)
         if state.global_step == 0:
             named = list(kwargs["model"].named_parameters())
-            gradients = {name: _whole(p.grad).clone() for name, p in named if p.grad is not None}
+            gradients = {name: whole(p.grad).clone() for name, p in named if p.grad is not None}
             shards = sum(isinstance(parameter, DTensor) for _, parameter in named)
+            weights = fingerprint(kwargs["model"])
             if state.is_world_process_zero:
-                torch.save((shards, len(named), gradients), Path(args.output_dir) / "gradients.pt")
-
-
-def _whole(gradient: Any) -> Tensor:
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                torch.save((shards, len(named), weights, gradients), Path(args.output_dir) / "step.pt")
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -105,9 +106,10 @@ def _steps(out: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", [*METHOD_CASES, "untied"])
 def test_loss_and_gradients_of_two_processes_are_those_of_one(name: str, wrapper: str, folder: Path) -> None:
     """With gradients accumulated, rows of many lengths, and a last batch that one process has no row of."""
-    shards, count, actual = torch.load(folder / wrapper / name / "gradients.pt")
+    shards, count, weights, actual = torch.load(folder / wrapper / name / "step.pt")
+    _, _, same_weights, expected = torch.load(folder / "one" / name / "step.pt")
     assert shards == (count if wrapper == "fsdp2" else 0)
-    _, _, expected = torch.load(folder / "one" / name / "gradients.pt")
+    assert weights == same_weights
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     assert actual.keys() == expected.keys()
     for key, gradient in expected.items():
@@ -172,3 +174,13 @@ def test_muon_is_refused_where_matrices_are_cut(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="'muon' needs whole matrices"):
         Case("sft", options=(("optimizer", "muon"),)).run(tmp_path)
+
+
+def test_online_methods_are_refused_where_weights_are_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    settings: Any = OnlineSettings(method="nash_md", learning_rate=1e-3)
+    nothing: Any = None
+    with pytest.raises(InputError, match="sample from whole weights, which FSDP cuts up"):
+        train_online(tiny_model("llama"), [], settings, nothing, nothing, tmp_path)

@@ -36,6 +36,7 @@ from mtpo.training.run import (
     training_arguments,
     training_order,
 )
+from mtpo.training.sharding import asked_for
 from mtpo.training.value import ValueNetwork, ValueTraining
 from mtpo.trajectory import Problem
 
@@ -81,6 +82,10 @@ def train_online(
         Paused: the judge cannot be asked. A checkpoint was written; resuming loses nothing.
     """
     started, out = time.monotonic(), Path(out)
+    if asked_for():
+        raise InputError(
+            f"online methods sample from whole weights, which {asked_for()} cuts up: launch with DDP"
+        )
     require_exact_attention(model)
     checkpoint = last_checkpoint(out)
     if checkpoint is not None and not resume:

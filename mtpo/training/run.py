@@ -35,7 +35,7 @@ from mtpo.training.precision import LostUpdates, keep_trained_weights_in_float32
 from mtpo.training.reference import add_reference_logps
 from mtpo.training.reporters import check_reporters
 from mtpo.training.settings import TrainingSettings
-from mtpo.training.sharding import WeightsAreSharded
+from mtpo.training.sharding import WeightsAreSharded, asked_for, load_models_whole
 from mtpo.training.trainer import TrajectoryTrainer
 from mtpo.training.value import ValueNetwork, ValueTraining, standardized_reward
 from mtpo.vocabularies import require_one_vocabulary
@@ -133,9 +133,9 @@ def train(
         starts_at_reference = checkpoint is None and (
             reference is model or fingerprint(reference) == fingerprint(model)
         )
-        kept = _with_reference(kept, reference, args, progress)
+        kept = _with_reference(kept, reference, args, settings, progress)
         if held_out:
-            held_out = _with_reference(held_out, reference, args, progress)
+            held_out = _with_reference(held_out, reference, args, settings, progress)
         if reward is not None:
             value_network = ValueNetwork(reference).to(args.device)
             if settings.computes_in_bfloat16:
@@ -313,7 +313,7 @@ def training_arguments(settings: TrainingSettings, out: Path) -> TrainingArgumen
         project="mtpo",
         disable_tqdm=True,  # a callback shows the progress
         remove_unused_columns=False,
-        bf16=settings.computes_in_bfloat16,
+        bf16=settings.computes_in_bfloat16 and asked_for() != "DeepSpeed",  # its way is not autocast
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -327,17 +327,22 @@ def training_arguments(settings: TrainingSettings, out: Path) -> TrainingArgumen
         )
     args.per_device_train_batch_size = micro_batch_size
     args.gradient_accumulation_steps = accumulation
+    load_models_whole()
     return args
 
 
 def _with_reference(
-    rows: Sequence[Row], reference: PreTrainedModel, args: TrainingArguments, progress: bool
+    rows: Sequence[Row],
+    reference: PreTrainedModel,
+    args: TrainingArguments,
+    settings: TrainingSettings,
+    progress: bool,
 ) -> list[Row]:
     require_exact_attention(reference)
     device, cache = next(reference.parameters()).device, Path(str(args.output_dir)) / "reference"
     disable_dropout(reference.to(args.device))  # pyright: ignore[reportArgumentType]
     size = args.per_device_train_batch_size
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=settings.computes_in_bfloat16):
         rows = add_reference_logps(rows, reference, cache, batch_size=size, progress=progress)
     reference.to(device)  # pyright: ignore[reportArgumentType]
     return rows

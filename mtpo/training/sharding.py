@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mtpo.errors import GuardError
 
@@ -22,11 +24,10 @@ def asked_for() -> Literal["FSDP", "DeepSpeed"] | None:
 
 
 def honour_fsdp(accelerator: Accelerator) -> None:
-    """Make accelerate shard where its launcher was told to, and compute under autocast as elsewhere.
+    """Make accelerate shard where its launcher was told to, and leave the types of numbers to autocast.
 
     accelerate reads the settings of FSDP on accelerators only: on CPUs it would train whole copies in silence.
-    Its policy for bfloat16 computes all in bfloat16, which no reference was scored with, rounds what the model
-    returns, log-probs, and sums gradients in bfloat16.
+    Its policy for bfloat16 would round what the model returns, log-probs, and sum gradients in bfloat16.
     """
     if asked_for() != "FSDP":
         return
@@ -38,6 +39,24 @@ def honour_fsdp(accelerator: Accelerator) -> None:
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2:
         plugin.mixed_precision_policy = None
+
+
+def compute_in_bfloat16(model: Any, device: torch.device) -> None:
+    """Put a causal LM's forward under autocast, as accelerate does for DDP and as the reference is scored.
+
+    FSDP2's and DeepSpeed's own ways round all that the layers hand on to bfloat16, which is other maths. autocast's
+    cache would hold on to weights that were gathered for one layer only.
+    """
+    model.forward = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)(model.forward)
+
+
+def load_models_whole() -> None:
+    """Undo that DeepSpeed's config, once read, has transformers cut up every model that it loads or makes.
+
+    Models are scored, copied and patched before the trainer, which cuts up the policy alone.
+    """
+    if asked_for() == "DeepSpeed":
+        unset_hf_deepspeed_config()
 
 
 def shard(module: nn.Module, layer_classes: frozenset[str]) -> None:

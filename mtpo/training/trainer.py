@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from mtpo.training.metrics import (
 )
 from mtpo.training.optim import lr_factor, make_optimizer
 from mtpo.training.settings import TrainingSettings
-from mtpo.training.sharding import asked_for, honour_fsdp
+from mtpo.training.sharding import asked_for, compute_in_bfloat16, honour_fsdp, load_models_whole
 from mtpo.training.value import ValueTraining, prompt_ends
 
 Batch = dict[str, Tensor]
@@ -99,6 +98,8 @@ class TrajectoryTrainer(Trainer):
         self.monitor = CollapseMonitor()
         self.last_log = time.monotonic()
         install(unwrapped(model))
+        if settings.computes_in_bfloat16 and asked_for():
+            compute_in_bfloat16(unwrapped(model), args.device)
         use_cache = model.config.use_cache
         pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         collator = PairCollator if settings.recipe.rows == "pair" else SingleCollator
@@ -117,17 +118,8 @@ class TrajectoryTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         honour_fsdp(self.accelerator)
+        load_models_whole()
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
-
-    def autocast_smart_context_manager(
-        self, cache_enabled: bool | None = True
-    ) -> AbstractContextManager[Any]:
-        """What DDP's forward pass does by itself. A cache would keep what FSDP2 has gathered and lets go of."""
-        if not self.is_fsdp_enabled:
-            return super().autocast_smart_context_manager(cache_enabled)
-        return torch.autocast(
-            self.args.device.type, torch.bfloat16, enabled=self.args.bf16, cache_enabled=False
-        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -323,7 +315,7 @@ class TrajectoryTrainer(Trainer):
         return kto_baseline(torch.cat(rho))
 
     def _check_zero_margin(self, scores: Scores, batch: Batch) -> None:
-        dtype = torch.bfloat16 if self.args.bf16 else unwrapped(self.model).dtype  # pyright: ignore
+        dtype = torch.bfloat16 if self.settings.computes_in_bfloat16 else unwrapped(self.model).dtype  # pyright: ignore
         tolerance = ZERO_MARGIN[dtype] * scores.mask.sum(-1) + 1e-4
         worst = (scores.rho.abs() - tolerance).argmax()
         if scores.rho[worst].abs() > tolerance[worst]:
