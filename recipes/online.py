@@ -31,6 +31,7 @@ from mtpo.runs import RunFolder
 from mtpo.training.online import train_online
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.rounds import Storage, Table
+from mtpo.vocabularies import require_one_vocabulary
 from recipes.engines import EngineOptions
 from recipes.generate import OF_THE_OWN_SANDBOX, SamplingOptions, default_of, open_interpreter
 from recipes.train import SPEED_ONLY, summary
@@ -105,7 +106,11 @@ def train_policy(config: Config) -> str:
     problems = load_problems(config.problems, config.limit, strict=False)
     tokenizer = load_tokenizer(config.model)
     load = partial(load_model, dtype=config.weights_dtype, attention=config.attention)
-    model, reference = load(config.model), None if config.reference is None else load(config.reference)
+    model, reference = load(config.model), None
+    if config.reference is not None:
+        reference, tokenizers = load(config.reference), (tokenizer, load_tokenizer(config.reference))
+        models = {"policy": model, "reference": reference}
+        require_one_vocabulary(models, tokenizers, purpose=f"--method {config.method}")
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=frozenset(MAY_CHANGE))
     table = Table(
         ChatFormat.for_tokenizer(tokenizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mtpo.judges import VerifierJudge
 from mtpo.runs import read_json
 from recipes import generate, online
 from tests.coin import SHORT, write_problems_file
+from tests.tiny_tokenizers import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ("--batch_size", "4", "--sync_steps", "2", "--learning_rate", "1e-3", "--num_checkpoints", "1")
@@ -107,4 +109,17 @@ def test_options_that_cannot_be_meant_are_refused_in_one_line(
     argv = command(tmp_path / "nowhere", tmp_path / "nothing", tmp_path / "run", "mtpo", *more)
     assert online.main(argv) == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reference_with_another_tokenizer_is_refused(
+    coin: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(coin, tmp_path / "other")
+    make_tokenizer("mistral").save_pretrained(other)
+    argv = command(coin, problems, tmp_path / "run", "nash_md", "--reference", str(other))
+    assert online.main(argv) == 1
+    assert (
+        "--method nash_md needs one tokenizer, but those of policy and reference" in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
