@@ -167,6 +167,18 @@ def test_the_students_samples_take_the_place_of_the_datas(tmp_path: Path) -> Non
         assert (step["on_policy"], step["staleness"]) == (1.0, number % 2)
 
 
+def test_held_out_rows_are_not_replaced(tmp_path: Path) -> None:
+    ours, theirs, held_out = a_student(), a_teacher(), tiny_singles(2, seed=5)
+    pairs = tokens_of(ours, theirs, held_out)
+    expected = sum(float((p * (p / q).log()).sum()) for p, q in pairs) / sum(len(p) for p, _ in pairs)
+    run = settings("gkd", STILL, on_policy=1.0, divergence="forward_kl", eval_steps=1)
+    on_policy = OnPolicy(scripted())
+    train(ours, tiny_singles(4), run, tmp_path, teacher=theirs, on_policy=on_policy, eval_rows=held_out,
+          progress=False)  # fmt: skip
+    (look,) = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert look["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_sampling_sees_the_weights_that_its_round_starts_from(tmp_path: Path) -> None:
     seen: dict[int, torch.Tensor] = {}
     on_policy = OnPolicy(scripted(on_round=lambda model, n: seen.update({n: weights(model).clone()})), 2)

@@ -88,7 +88,7 @@ class TrajectoryTrainer(Trainer):
         self.settings = settings
         self.rows = rows
         self.num_draws = len(rows)
-        self.held_out: Sequence[Row] = ()
+        self.held_out: list[Row] = []
         """Rows to `evaluate` on, as those that are trained on: with reference log-probs, for kto mismatched rows."""
         self.starts_at_reference = starts_at_reference
         self.of_samples: dict[str, float] = {}
@@ -126,7 +126,7 @@ class TrajectoryTrainer(Trainer):
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one step, and how many examples they hold over all processes."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        if self.own_samples is not None:
+        if self.own_samples is not None and self.rows is not self.held_out:
             batches = self._with_own_samples(batches, self.own_samples)
         count = torch.tensor(sum(self._count(batch) for batch in batches), device=device)
         if self.settings.method == "kto":
@@ -181,7 +181,7 @@ class TrajectoryTrainer(Trainer):
         Each name begins with `eval_`. KTO's baseline is that of each batch, as in training.
         """
         training = self.rows, self.metrics, self.z0, self.desirable_share
-        self.rows, self.metrics = self.held_out, StepMetrics()
+        self.rows, self.metrics, self.of_samples = self.held_out, StepMetrics(), {}
         self.model_wrapped.eval()
         device = self.args.device
         loss, weight = torch.zeros((), dtype=torch.float64, device=device), 0.0
