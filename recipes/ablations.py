@@ -2,14 +2,18 @@
 
     python -m recipes.ablations --arms recipes/configs/ablations/claims.yaml --out runs/claims
 
-An arms file names the arms by their options of recipes.iterate, what all of them share, and the learning rates to
-choose from. The first arm is the one that the others are compared with:
+An arms file names the arms by their options of recipes.iterate, or of recipes.online where the method is one of its
+own; what all arms, all offline or all online ones share; and the learning rates to choose from. The others are compared
+with the first arm:
 
     learning_rates: [3.0e-5, 1.0e-4, 3.0e-4]
-    common: {iterations: 2, prompts: 200, samples: 8}
+    common: {batch_size: 16}
+    offline: {iterations: 2, prompts: 200, samples: 8}
+    online: {prompts: 1600}
     arms:
       M-DPO: {method: dpo}
       single-turn DPO: {method: dpo, mask: none}
+      Nash-MD: {method: nash_md}
 
 Every seed has a supervised model of its own, from which all arms start. Each arm's learning rate is the one with the
 best accuracy on dev problems over the tuning seeds; only then are its final policies tested, on problems that nothing
@@ -23,7 +27,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,15 +36,25 @@ import torch
 import yaml
 
 from data.generated import problems
+from data.problems import write_problems
 from eval.evaluate import correct_by_problem
 from eval.metrics import Interval, bootstrap_interval, wilson_interval
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
+from mtpo.models import holds_model
 from mtpo.runs import RunFolder, read_json, write_json
+from mtpo.training.online_methods import ONLINE_METHODS
+from mtpo.trajectory import Problem
 from recipes.engines import Sampler
 from recipes.evaluate import evaluate_into
+from recipes.generate import SamplingOptions
 from recipes.iterate import LoopOptions, Sets, run_loop
+from recipes.online import Config as OnlineConfig
+from recipes.online import train_policy as train_online_policy
 from recipes.quickstart import PROMPTS_A_SEED, PROMPTS_START, supervised
+
+SECTIONS = {"learning_rates", "common", "offline", "online", "arms"}
+"""Of an arms file."""
 
 Correct = Mapping[str, bool]
 """Whether the greedy answer was right, by problem."""
@@ -90,16 +104,21 @@ class Arms:
             raise InputError(f"--arms {path}: no such file") from None
         except yaml.YAMLError as error:
             raise InputError(f"--arms {path}: not YAML: {error}") from None
-        if not isinstance(content, dict) or set(content) != {"learning_rates", "common", "arms"}:
-            raise InputError(f"--arms {path}: expected learning_rates, common and arms")
+        if not isinstance(content, dict) or set(content) - SECTIONS or "arms" not in content:
+            raise InputError(
+                f"--arms {path}: expected arms, and of {', '.join(sorted(SECTIONS))} what they need"
+            )
         rates, options = {}, {}
         for name, own in content["arms"].items():
             own = dict(own or {})
-            rates[name] = own.pop("learning_rates", content["learning_rates"])
-            options[name] = {**content["common"], **own}
+            rates[name] = own.pop("learning_rates", content.get("learning_rates", []))
+            kind = "online" if is_online(own) else "offline"
+            options[name] = {**content.get("common", {}), **content.get(kind, {}), **own}
+            if not rates[name]:
+                raise InputError(f"--arms {path}, arm {name!r}: there is no learning rate to choose from")
             try:
                 for rate in rates[name]:
-                    loop_options(options[name], rate, seed=0)
+                    arm_options(options[name], rate, seed=0)
             except (InputError, TypeError) as error:
                 raise InputError(f"--arms {path}, arm {name!r}: {error}") from None
         return cls(options, rates)
@@ -128,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare_arms(config: Config) -> str:
     arms = Arms.read(config.arms)
-    folder = RunFolder.open(config.out, config, resume=config.resume, may_change=frozenset({"workers"}))
+    folder = RunFolder.open(
+        config.out, config, resume=config.resume, may_change=frozenset({"workers", "arms"})
+    )
     write_json(
         folder.path / "arms.json",
         {"options": dict(arms.options), "learning_rates": dict(arms.learning_rates)},
@@ -266,16 +287,21 @@ def train_supervised(task: tuple[Path, int, int]) -> None:
 def train_arm(job: Job) -> float:
     """Accuracy on dev of what the arm ends with; trained only if it is not there."""
     torch.set_num_threads(1)
-    options = loop_options(job.options, job.learning_rate, job.seed)
-    policies = run_loop(job.folder, _start(job), _sets(job, options), options, name="SFT")
-    selected = read_json(Path(policies[-1].model).parents[1] / "selected.json")
-    return selected["dev"][selected["checkpoint"]]
+    _check_options(job)
+    selected = _selected(job)
+    if not selected.exists():
+        if is_online(job.options):
+            _train_online(job, selected)
+        else:
+            options = loop_options(job.options, job.learning_rate, job.seed)
+            run_loop(job.folder, _start(job), _sets(job, options), options, name="SFT")
+    found = read_json(selected)
+    return found["dev"][found["checkpoint"]]
 
 
 def arm_answers(job: Job) -> dict[str, bool]:
     """Which held-out problems the arm's last policy answers."""
-    selected = read_json(job.folder / f"iteration_{job.options['iterations']}" / "selected.json")
-    return _answers(job, job.folder / "test", selected["model"])
+    return _answers(job, job.folder / "test", read_json(_selected(job))["model"])
 
 
 def start_answers(job: Job) -> dict[str, bool]:
@@ -283,27 +309,91 @@ def start_answers(job: Job) -> dict[str, bool]:
     return _answers(job, job.out / f"seed_{job.seed}" / "test", _start(job))
 
 
+def is_online(options: Mapping[str, Any]) -> bool:
+    return options.get("method") in ONLINE_METHODS
+
+
+def arm_options(options: Mapping[str, Any], learning_rate: float, seed: int) -> LoopOptions | OnlineConfig:
+    """What an arm's recipe would be told, checked.
+
+    Raises:
+        InputError: it refuses a value.
+        TypeError: it has no such option, or lacks one.
+    """
+    if is_online(options):
+        return online_config(options, learning_rate, seed, model="", problems="", out="")
+    return loop_options(options, learning_rate, seed)
+
+
 def loop_options(options: Mapping[str, Any], learning_rate: float, seed: int) -> LoopOptions:
     """As `recipes.iterate` takes them."""
     return LoopOptions(**options, learning_rate=learning_rate, seed=seed)
+
+
+def online_config(options: Mapping[str, Any], learning_rate: float, seed: int, **places: Any) -> OnlineConfig:
+    """As `recipes.online` takes it; `prompts`, which is no option of it, says how many problems there are."""
+    own: dict[str, Any] = {name: value for name, value in options.items() if name != "prompts"}
+    return OnlineConfig(**own, **places, learning_rate=learning_rate, seed=seed, resume=True)
+
+
+def _train_online(job: Job, selected: Path) -> None:
+    prompts = job.folder / "prompts.jsonl"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    write_problems(prompts, _prompts(job, job.options["prompts"]))
+    places: dict[str, Any] = {
+        "model": _start(job),
+        "problems": str(prompts),
+        "out": str(job.folder / "train"),
+    }
+    train_online_policy(online_config(job.options, job.learning_rate, job.seed, **places))
+    dev = {}
+    for model in sorted(path for path in (job.folder / "train").iterdir() if holds_model(path)):
+        dev[model.name] = fmean(
+            _graded(
+                job, job.folder / "dev" / model.name, str(model), problems("dev", job.config.dev)
+            ).values()
+        )
+    best = max(dev, key=lambda name: (dev[name], name == "model"))
+    write_json(selected, {"model": str(job.folder / "train" / best), "checkpoint": best, "dev": dev})
+
+
+def _check_options(job: Job) -> None:
+    """
+    Raises:
+        InputError: what is in the job's folder was made with other options, under the same name of an arm.
+    """
+    path, options = job.folder / "options.json", json.loads(json.dumps(dict(job.options)))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, options)
+    elif (before := read_json(path)) != options:
+        raise InputError(f"{job.folder}: arm {job.arm!r} was trained with {before}, not {options}: rename it")
+
+
+def _selected(job: Job) -> Path:
+    """What says which model the arm ends with, once it has."""
+    last = "" if is_online(job.options) else f"iteration_{job.options['iterations']}"
+    return job.folder / last / "selected.json"
 
 
 def _answers(job: Job, folder: Path, model: str) -> dict[str, bool]:
     torch.set_num_threads(1)
     kept = folder / "correct.json"
     if not kept.exists():
-        options = replace(loop_options(job.options, 1e-4, job.seed), temperature=0.0, samples=1)
-        sampler = Sampler.load(model, options, options.dtype, options.attention)
-        _, graded = evaluate_into(
-            folder,
-            sampler,
-            problems("test", job.config.test),
-            options,
-            seed=job.seed,
-            label=f"test, {job.arm}",
-        )
-        write_json(kept, correct_by_problem(graded))
+        write_json(kept, _graded(job, folder, model, problems("test", job.config.test)))
     return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def _graded(job: Job, folder: Path, model: str, wanted: Sequence[Problem]) -> dict[str, bool]:
+    """Whether the model's greedy answers are right."""
+    names = {option.name for option in fields(SamplingOptions)}
+    shared = {name: value for name, value in job.options.items() if name in names}
+    options = SamplingOptions(**shared | {"temperature": 0.0, "samples": 1})
+    sampler = Sampler.load(model, options, "float32")
+    _, graded = evaluate_into(
+        folder, sampler, wanted, options, seed=job.seed, label=f"{job.arm}, {folder.name}"
+    )
+    return correct_by_problem(graded)
 
 
 def _start(job: Job) -> str:
@@ -311,9 +401,12 @@ def _start(job: Job) -> str:
 
 
 def _sets(job: Job, options: LoopOptions) -> Sets:
-    first = PROMPTS_START + job.seed * PROMPTS_A_SEED
-    prompts = problems("train", options.iterations * options.prompts, first)
+    prompts = _prompts(job, options.iterations * options.prompts)
     return Sets(prompts, problems("dev", job.config.dev), problems("test", job.config.test))
+
+
+def _prompts(job: Job, count: int) -> list[Problem]:
+    return problems("train", count, PROMPTS_START + job.seed * PROMPTS_A_SEED)
 
 
 def _mean_by_problem(runs: Sequence[Correct], baseline: Sequence[Correct]) -> list[float]:

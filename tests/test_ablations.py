@@ -1,14 +1,17 @@
 """The comparison of arms: what it chooses, how it counts, and that it runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtpo.errors import InputError
+from mtpo.runs import write_json
+from mtpo.training.online_methods import ONLINE_METHODS
 from mtpo.trajectory import Problem
 from recipes import ablations
-from recipes.ablations import Arms, Config, Job, as_table, draw, run_all, summarize
+from recipes.ablations import Arms, Config, Job, as_table, draw, is_online, run_all, summarize
 from tests.coin import WHO
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +73,8 @@ def test_accuracies_and_differences_by_hand() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("arms: {}", "expected learning_rates, common and arms"),
+        ("arms: {}\nother: {}", "expected arms, and of arms, common, learning_rates, offline, online"),
+        ("arms: {a: {method: dpo}}", "arm 'a': there is no learning rate"),
         (
             ONE_RATE + "common: {}\narms: {a: {method: dpo, tau: 1.0}}",
             "arm 'a': tau has no effect on method 'dpo'",
@@ -88,10 +92,12 @@ def test_a_bad_arms_file_is_named_with_its_arm(tmp_path: Path, text: str, messag
     "path", sorted((ROOT / "recipes/configs/ablations").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_the_arms_that_are_shipped_sample_equally_much(path: Path) -> None:
-    budgets = {
-        o["iterations"] * o["prompts"] * (o["samples"] + o["previous_samples"])
-        for o in Arms.read(str(path)).options.values()
-    }
+    def budget(options: Mapping[str, Any]) -> int:
+        if is_online(options):
+            return options["prompts"] * len(ONLINE_METHODS[options["method"]].players)
+        return options["iterations"] * options["prompts"] * (options["samples"] + options["previous_samples"])
+
+    budgets = set(map(budget, Arms.read(str(path)).options.values()))
     # the policy before the first iteration's is none, so a mixture samples a little less
     assert budgets == {3200}
 
@@ -116,9 +122,9 @@ def test_arms_are_trained_and_tested_for_real(
     monkeypatch.setattr(ablations, "supervised", supervised)
     path = arms_file(
         tmp_path,
-        ONE_RATE
-        + "common: {iterations: 1, prompts: 8, samples: 4, max_turns: 3, max_turn_tokens: 40, kernels: 4, "
-        "preload: [math], batch_size: 4, previous_samples: 0}\narms:\n  dpo: {method: dpo}\n  raft: {method: raft}\n",
+        ONE_RATE + "common: {max_turns: 3, max_turn_tokens: 40, kernels: 4, preload: [math], batch_size: 4}\n"
+        "offline: {iterations: 1, prompts: 8, samples: 4, previous_samples: 0}\nonline: {prompts: 8}\n"
+        "arms:\n  dpo: {method: dpo}\n  nash: {method: nash_md}\n",
     )
     config = Config(arms=path, out=str(tmp_path / "out"), seeds=[0], dev=4, test=6)
     arms = Arms.read(path)
@@ -127,10 +133,13 @@ def test_arms_are_trained_and_tested_for_real(
         return run_all(tmp_path / "out", arms, config, lambda function, jobs: list(map(function, jobs)))
 
     results = run()
-    assert list(results["arms"]) == ["dpo", "raft"]
+    assert list(results["arms"]) == ["dpo", "nash"]
     assert all(0 <= row["accuracy"] <= 1 for row in results["arms"].values())
     assert len((tmp_path / "out/seed_0/dpo/lr_0.0001/test/correct.json").read_text().split(",")) == 6
     draw(results, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(ablations, "evaluate_into", None)  # what is done is not done again
     assert run() == results
+    write_json(tmp_path / "out/seed_0/nash/lr_0.0001/options.json", {"method": "ipo_md"})
+    with pytest.raises(InputError, match="arm 'nash' was trained with"):
+        run()
