@@ -9,7 +9,7 @@ from mtpo.cli import parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "recipes" / "configs").glob("*.yaml")) - {ROOT / "recipes/configs/online.yaml"})
 
 
 def commands() -> list[tuple[str, str]]:
@@ -57,3 +57,13 @@ def test_every_config_file_is_accepted_by_iterate(path: Path) -> None:
 
     config = parse_config(Config, "recipes.iterate", ["--config", str(path), "--out", "somewhere"])
     assert config.model and config.problems and config.test
+
+
+def test_the_online_config_is_accepted_by_every_online_method() -> None:
+    from mtpo.training.online_methods import ONLINE_METHODS
+    from recipes.online import Config
+
+    path = str(ROOT / "recipes" / "configs" / "online.yaml")
+    for method in ONLINE_METHODS:
+        config = parse_config(Config, "recipes.online", ["--config", path, "--method", method, "--out", "o"])
+        assert (config.method, config.judge) == (method, "verifier")
