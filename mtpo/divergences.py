@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mtpo.errors import InputError
-from mtpo.logprobs import head_logits, logps_of, over_tiles, read_out
+from mtpo.logprobs import Watch, head_logits, logps_of, over_tiles, read_out
 from mtpo.losses.distributions import Divergence, log_probs
 from mtpo.scoring import batch_actions, batch_inputs
 from mtpo.vocabularies import require_one_vocabulary
@@ -48,12 +48,15 @@ class Scored(NamedTuple):
     """(N, T), in nats; entry t is between the distributions that token t was drawn from."""
 
 
-def logps_and_divergences(model: nn.Module, batch: dict[str, Tensor], comparison: Comparison) -> Scored:
+def logps_and_divergences(
+    model: nn.Module, batch: dict[str, Tensor], comparison: Comparison, *, watch: Watch | None = None
+) -> Scored:
     """log p of the action tokens, and a divergence over the whole vocabulary at each, in one pass of either model.
 
     Args:
         model: the student, or the policy: a causal LM, bare or wrapped; both results carry its gradient.
         batch: of a collator, in any layout: `input_ids`, `completion_mask` and `attention_mask`, (N, T), at least.
+        watch: shown some of the model's logits.
 
     Returns:
         float32, float64 for a float64 model.
@@ -62,7 +65,7 @@ def logps_and_divergences(model: nn.Module, batch: dict[str, Tensor], comparison
         InputError: as `action_logps`; the models' vocabularies differ in size; or there is neither another model
             nor an adapter.
     """
-    actions, divergence = batch_actions(batch), comparison.divergence
+    actions, divergence = batch_actions(batch, watch=watch), comparison.divergence
     with _other(model, comparison) as other, torch.no_grad():
         require_one_vocabulary({"model": model, "other model": other}, purpose="a divergence")
         theirs = read_out(other, lambda _, hidden: actions.states(hidden), **batch_inputs(other, batch))

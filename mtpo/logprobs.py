@@ -9,6 +9,7 @@ PEFT fire. Calling the backbone of the unwrapped model instead would leave DDP s
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ MAX_TILE = 1 << 26
 
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Config fields of families that scale their logits (Cohere, Granite, Falcon-H1), which this head does not."""
+
+Watch = Callable[[Tensor], None]
+"""What is shown some logits, (n, V), soft-capped, that are computed anyway."""
+
+NUM_WATCHED = 64
+"""Rows of logits that a `Watch` is shown at once."""
 
 Readout = Callable[[Any, Tensor], Any]
 """What to make of a causal LM, unwrapped, and its last hidden states, (B, T, H): a tensor, or a tuple of them."""
@@ -75,6 +82,8 @@ class Actions:
     places: Tensor | None = None
     """(B, T); where each token lies among the flattened last hidden states, if these are of other rows than
     `input_ids`. What trajectories share there is predicted once, which leaves fewer than N tokens."""
+    watch: Watch | None = None
+    """Shown some of the logits that predict the tokens, whenever log-probs are read out."""
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.shape != self.completion_mask.shape:
@@ -173,18 +182,34 @@ def install(model: Any) -> None:
 
 def logps_of(actions: Actions) -> Readout:
     """Reads log p of the tokens, (B, T), out of the last hidden states, as `action_logps` does."""
-    return lambda model, hidden: actions.placed(logps_after(model, actions.states(hidden), actions.targets))
+
+    def readout(model: Any, hidden: Tensor) -> Tensor:
+        logps = logps_after(model, actions.states(hidden), actions.targets, watch=actions.watch)
+        return actions.placed(logps)
+
+    return readout
 
 
-def logps_after(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+def entropies(logits: Tensor) -> Tensor:
+    """Of the distributions that logits, (..., V), stand for: (...), in nats."""
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+def logps_after(model: Any, hidden: Tensor, targets: Tensor, *, watch: Watch | None = None) -> Tensor:
     """log p of each target, (N,), after its hidden state, (N, H); `model` is unwrapped.
 
     On every device this is our own: TRL's fused kernel rounds the logits of a bfloat16 model to bfloat16, which near
     Gemma 2's cap of 30 costs 0.015 nats a token.
+
+    Args:
+        watch: shown the logits of up to `NUM_WATCHED` hidden states of the first tile.
     """
     normalizers = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
 
     def value(logits: Tensor, tile: slice) -> Tensor:
+        if watch is not None and tile.start == 0:
+            watch(logits.detach()[:: math.ceil(len(logits) / NUM_WATCHED) or 1])
         picked = logits.gather(-1, targets[tile, None]).squeeze(-1)
         normalizer = _log_sum_exp(logits)
         normalizers[tile] = normalizer.detach()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mtpo.engines.attention import attention_windows
 from mtpo.errors import InputError
 from mtpo.layouts import Layout
-from mtpo.logprobs import Actions, logps_of, read_out
+from mtpo.logprobs import Actions, Watch, logps_of, read_out
 from mtpo.models import attention_refusal, unwrapped
 
 MASKED_FAMILIES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -26,20 +26,23 @@ FLASH = "flash_attention"
 MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
-def batch_logps(model: nn.Module, batch: dict[str, Tensor], prefix: str = "") -> Tensor:
+def batch_logps(
+    model: nn.Module, batch: dict[str, Tensor], prefix: str = "", *, watch: Watch | None = None
+) -> Tensor:
     """`action_logps` of a collated batch in any layout: (N, T).
 
     Args:
         prefix: of the batch's keys: "kl_" for KTO's mismatched trajectories.
+        watch: shown some of the logits.
     """
-    return read_out(model, logps_of(batch_actions(batch, prefix)), **batch_inputs(model, batch, prefix))
+    actions = batch_actions(batch, prefix, watch=watch)
+    return read_out(model, logps_of(actions), **batch_inputs(model, batch, prefix))
 
 
-def batch_actions(batch: dict[str, Tensor], prefix: str = "") -> Actions:
+def batch_actions(batch: dict[str, Tensor], prefix: str = "", *, watch: Watch | None = None) -> Actions:
     """The action tokens of a collated batch, to be read out of the hidden states that `batch_inputs` give."""
-    return Actions(
-        batch[f"{prefix}input_ids"], batch[f"{prefix}completion_mask"], batch.get(f"{prefix}places")
-    )
+    names = (f"{prefix}input_ids", f"{prefix}completion_mask")
+    return Actions(*(batch[name] for name in names), places=batch.get(f"{prefix}places"), watch=watch)
 
 
 def batch_inputs(model: nn.Module, batch: dict[str, Tensor], prefix: str = "") -> dict[str, Any]:

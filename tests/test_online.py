@@ -250,8 +250,8 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_momenta(
     once = play_game(GAME, START, settings("mtpo", epochs=8, **options), tmp_path / "one")
     calls = itertools.count()
 
-    def broken(*args: Any) -> torch.Tensor:
-        return batch_logps(*args) * (torch.inf if next(calls) == 1 else 1)
+    def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return batch_logps(*args, **kwargs) * (torch.inf if next(calls) == 1 else 1)
 
     monkeypatch.setattr(trainer, "batch_logps", broken)
     twice = play_game(GAME, START, settings("mtpo", epochs=16, **options), tmp_path / "two")

@@ -107,6 +107,24 @@ def test_a_step_tells_the_share_of_action_tokens(tmp_path: Path) -> None:
     assert {"learning_rate", "grad_norm", "tokens_per_s"} <= result.metrics.keys()
 
 
+@torch.no_grad()
+def naive_entropies(model: PreTrainedModel, row: Row) -> list[float]:
+    """Of the distributions that the action tokens were drawn from, in nats."""
+    probs = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double().softmax(-1)
+    each = torch.special.entr(probs).sum(-1)
+    return [h.item() for h, m in zip(each, row["completion_mask"][1:], strict=True) if m]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_a_step_tells_the_entropy_of_an_action_token(family: Any, tmp_path: Path) -> None:
+    """Of all of them: a micro-batch of tiny rows has fewer than 64."""
+    model, rows = tiny_model(family, std=0.3), tiny_singles(4)
+    each = [h for row in rows for h in naive_entropies(model, row)]
+    assert len(each) < 64 and max(each) - min(each) > 0.1
+    result = train(model, rows, settings("sft", micro_batch_size=2), tmp_path, progress=False)
+    assert result.metrics["entropy"] == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
 def test_a_command_takes_held_out_rows_and_puts_them_on_the_card(tmp_path: Path) -> None:
     tiny_model("llama", vocab_size=600).save_pretrained(tmp_path / "model")
     make_tokenizer("gemma").save_pretrained(tmp_path / "model")

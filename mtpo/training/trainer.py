@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from mtpo.batches import PairCollator, Row, SingleCollator, row_name
 from mtpo.divergences import Comparison, logps_and_divergences
 from mtpo.errors import GuardError, InputError
-from mtpo.logprobs import install
+from mtpo.logprobs import entropies, install
 from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
 from mtpo.scoring import batch_logps
@@ -92,6 +92,8 @@ class TrajectoryTrainer(Trainer):
         """Rows to `evaluate` on, as those that are trained on: with reference log-probs, for kto mismatched rows."""
         self.starts_at_reference = starts_at_reference
         self.of_samples: dict[str, float] = {}
+        self.entropy: float | None = None
+        """Per token, over some action tokens of the micro-batch at hand."""
         self.z0: Tensor | None = None
         self.desirable_share: Tensor | None = None
         self.metrics = StepMetrics()
@@ -169,7 +171,8 @@ class TrajectoryTrainer(Trainer):
             self.state.epoch = self.settings.epochs * drawn / self.num_draws
             now = time.monotonic()
             logs["tokens_per_s"] = logs["tokens"] / (now - self.last_log)
-            logs["action_share"] = logs["action_tokens"] / logs["tokens"]
+            if logs["tokens"]:  # a step may be skipped
+                logs["action_share"] = logs["action_tokens"] / logs["tokens"]
             self.last_log = now
             self.monitor.check(self.state.global_step, logs)
         super().log(logs, start_time)
@@ -182,21 +185,19 @@ class TrajectoryTrainer(Trainer):
         """
         training = self.rows, self.metrics, self.z0, self.desirable_share
         self.rows, self.metrics, self.of_samples = self.held_out, StepMetrics(), {}
-        self.model_wrapped.eval()
-        device = self.args.device
+        model, device = cast(nn.Module, self.model_wrapped), self.args.device
+        model.eval()
         loss, weight = torch.zeros((), dtype=torch.float64, device=device), 0.0
         for batches in self._held_out_batches():
             batches, total = self.get_batch_samples(iter(batches), len(batches), device)
             for batch in batches:
                 with self.compute_loss_context_manager():
-                    share = self.compute_loss(
-                        self.model_wrapped, self._prepare_inputs(batch), num_items_in_batch=total
-                    )
+                    share = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=total)
                 loss += share.double() * total / self.accelerator.num_processes
             weight += total.item()
         values = {"loss": self.accelerator.gather(loss).sum().item() / weight} | self.metrics.take()  # pyright: ignore
         self.rows, self.metrics, self.z0, self.desirable_share = training
-        self.model_wrapped.train()
+        model.train()
         values = {f"eval_{name}": value for name, value in values.items()}
         self.log(values)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
@@ -269,9 +270,10 @@ class TrajectoryTrainer(Trainer):
     def _scores(self, model: nn.Module, batch: Batch) -> Scores:
         divergences = None
         if self.comparison is not None:
-            logps, divergences = logps_and_divergences(model, batch, self.comparison)
+            scored = logps_and_divergences(model, batch, self.comparison, watch=self._note_entropy)
+            logps, divergences = scored
         else:
-            logps = batch_logps(model, batch)
+            logps = batch_logps(model, batch, watch=self._note_entropy)
         sums = self._sums(logps, batch)
         rewards = values = None
         if self.value is not None and self.value.reward is not None:
@@ -325,8 +327,13 @@ class TrajectoryTrainer(Trainer):
                 "reference log-probs, or a model that does not repeat itself"
             )
 
+    def _note_entropy(self, logits: Tensor) -> None:
+        self.entropy = entropies(logits).mean().item() if len(logits) else None
+
     def _record(self, scores: Scores, out: LossOut, batch: Batch) -> None:
         values = {"tokens": float(batch["attention_mask"].sum()), "action_tokens": float(scores.mask.sum())}
+        if self.entropy is not None:
+            values["entropy"] = self.entropy
         if self.settings.recipe.rows == "pair":
             values |= pair_metrics(scores)
         self.metrics.add(values | self.of_samples | out.metrics, weight=self._count(batch))
