@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from data.trajectories import Journal, read_trajectories
 from mtpo.environment import Reply
-from mtpo.judges import CallableJudge
 from mtpo.tabular import TreeGame
 from mtpo.training.online import train_online
 from mtpo.training.online_settings import OnlineSettings
@@ -159,11 +159,15 @@ class GameSession:
     async def __aexit__(self, *exception: object) -> None: ...
 
 
-def game_judge(game: TreeGame) -> CallableJudge:
-    def prefer(first: Trajectory, second: Trajectory, problem: Problem) -> float:
-        return float(game.preference[first.metadata["final"], second.metadata["final"]])
+class Judged:
+    """A judge by the game's own preference."""
 
-    return CallableJudge(prefer)
+    def __init__(self, game: TreeGame) -> None:
+        self.counts: Counter[str] = Counter()
+        self.game = game
+
+    async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
+        return float(self.game.preference[first.metadata["final"], second.metadata["final"]])
 
 
 def game_table(game: TreeGame, judge: Any = None, environment: GameEnvironment | None = None) -> Table:
@@ -172,7 +176,7 @@ def game_table(game: TreeGame, judge: Any = None, environment: GameEnvironment |
         yield environment or GameEnvironment(game)
 
     chat: Any = GameChat(game.mu.shape[1])
-    return Table(chat, opened, judge or game_judge(game), max_in_flight=512)
+    return Table(chat, opened, judge or Judged(game), max_in_flight=512)
 
 
 def play_game(game: TreeGame, start: Any, settings: OnlineSettings, out: Path, **options: Any) -> np.ndarray:

@@ -22,7 +22,7 @@ from mtpo.training.online_methods import ONLINE_METHODS
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.plays import Play, rows_of
 from mtpo.trajectory import Problem, Segment, StopReason, Trajectory
-from tests.games import STORAGE, GameEnvironment, GameSession, game_judge, game_table, play_game, table_policy
+from tests.games import STORAGE, GameEnvironment, GameSession, Judged, game_table, play_game, table_policy
 
 GAME = TreeGame.one_turn(cyclic_preference(), [1 / 3, 1 / 3, 1 / 3])
 START = [0.6, 0.3, 0.1]
@@ -102,9 +102,7 @@ def test_options_without_effect_are_refused() -> None:
 
 @pytest.mark.parametrize("method", ONLINE_METHODS)
 def test_every_method_takes_its_steps_and_moves_the_policy(method: str, tmp_path: Path) -> None:
-    judge: Any = game_judge(GAME)
-    if len(ONLINE_METHODS[method].players) == 1:
-        judge = FirstActionIsRight()
+    judge = Judged(GAME) if len(ONLINE_METHODS[method].players) == 2 else FirstActionIsRight(GAME)
     pi = play_game(GAME, START, settings(method, epochs=24), tmp_path, table=game_table(GAME, judge))
     steps = steps_of(tmp_path)
     assert len(steps) == 3
@@ -134,18 +132,18 @@ class Moves(GameEnvironment):
         return super().begin(problem)
 
 
-class Verdicts:
+class Verdicts(Judged):
     """The game's judge, that fails at one of its judgements."""
 
     def __init__(self, error: BaseException | None = None, fails_at: int = 10**9) -> None:
+        super().__init__(GAME)
         self.count, self.error, self.fails_at = 0, error, fails_at
-        self.counts: Any = None
 
     async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
         self.count += 1
         if self.count == self.fails_at and self.error is not None:
             raise self.error
-        return float(GAME.preference[first.metadata["final"], second.metadata["final"]])
+        return await super().prefer(first, second, problem)
 
 
 RESUMABLE = {
@@ -277,17 +275,12 @@ def test_accumulation_changes_no_step_of_mtpo(tmp_path: Path) -> None:
 
 
 def test_a_method_of_single_trajectories_needs_a_judge_of_them(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="rewards single trajectories, which CallableJudge cannot"):
+    with pytest.raises(InputError, match="rewards single trajectories, which Judged cannot"):
         play_game(GAME, START, settings("rlhf"), tmp_path)
 
 
-class FirstActionIsRight:
+class FirstActionIsRight(Judged):
     """A judge of single trajectories."""
-
-    counts: Any = None
-
-    async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float:
-        raise NotImplementedError
 
     async def reward(self, trajectory: Trajectory, problem: Problem) -> float:
         return float(trajectory.metadata["final"] == 0)

@@ -137,3 +137,29 @@ def test_pairs_count_both_ways_by_the_judges_probability(method: str, per_token:
         expected += (p * f(method, z) + (1 - p) * f(method, -z)) / (4 * 0.5**2 if "ipo" in method else 1) / 2
     out = ONLINE_METHODS[method].loss(scores, scale | {"normalize": per_token})
     assert out.loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_explicit_kl_leaves_the_reward_of_its_own_turn_alone() -> None:
+    """Two turns of one token; V = 0, lambda = 1, alpha = 0.5, P = 1, log-ratios 0.2 and -0.4, KLs 0.3 and 0.1."""
+    logps = torch.tensor([[0.0, -1.0, 0.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[0, 1, 0, 1]])
+    scores = Scores(
+        logps=logps,
+        mask=mask,
+        sums=logps.sum(-1),
+        ref_logps=torch.tensor([[0.0, -1.2, 0.0, -1.6]], dtype=torch.float64),
+        rewards=torch.tensor([1.0], dtype=torch.float64),
+        values=torch.zeros(1, 2, dtype=torch.float64),
+        turn_ids=turn_ids(mask),
+        divergences=torch.tensor([[0.0, 0.3, 0.0, 0.1]], dtype=torch.float64),
+    )
+    options = {"alpha": 0.5, "lam": 1.0, "normalize_advantage": False}
+    first, second = 1 + 0.5 * 0.4, 1.0  # the reward, less the KL of later turns
+    policy = -(first * -1.0 + second * -2.0) / 2
+    value = ((first - 0.5 * 0.2) ** 2 + (second + 0.5 * 0.4) ** 2) / 2  # V learns the own turn's KL, too
+    out = ONLINE_METHODS["mtpo"].loss(scores, options)
+    assert out.loss.item() == pytest.approx(policy + value + 0.5 * (0.3 + 0.1) / 2, rel=1e-12)
+    # At (1.2, 1.0) the advantages have the mean 1.1 and the deviation 0.1.
+    out = ONLINE_METHODS["mtpo"].loss(scores, options | {"normalize_advantage": True})
+    policy = -(1.0 * -1.0 + -1.0 * -2.0) / 2
+    assert out.loss.item() == pytest.approx(policy + value + 0.5 / 0.1 * (0.3 + 0.1) / 2, rel=1e-6)

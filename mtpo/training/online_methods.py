@@ -10,14 +10,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mtpo.losses import LossOut, paired_loss, policy_gradient_loss, reward_to_go, value_loss
+from mtpo.losses import (
+    LossOut,
+    masked_sum,
+    paired_loss,
+    policy_gradient_loss,
+    reward_to_go,
+    turn_sums,
+    value_loss,
+)
 from mtpo.training.methods import Method, Options, Scores, kto
-from mtpo.training.turns import turn_advantages
+from mtpo.training.turns import TurnAdvantages, turn_advantages
 
 Player = Literal["current", "mixture", "average"]
 """The policy; the geometric mixture of policy and reference, with the option `ref_coef`; or the exponential moving
@@ -58,36 +66,42 @@ def nash_md(scores: Scores, options: Options) -> LossOut:
 def turn_actor_critic(scores: Scores, options: Options) -> LossOut:
     """MTPO's policy gradient over turns plus the loss of its value network, which share no parameter.
 
-    Both are means over the turns of the batch (arXiv 2405.14655, section 5).
+    Both are means over the turns of the batch (arXiv 2405.14655, section 5). With kl="explicit" the KL of a turn is
+    no part of its own reward but, over the whole vocabulary, of the loss; where advantages are divided by their
+    standard deviation so is that KL, or they would not balance where they should.
     """
     assert scores.values is not None and scores.turn_ids is not None
     of = turns_of(scores, options)
-    advantages = of.advantages
+    advantages, scale = of.advantages, 1.0
     if options["normalize_advantage"]:
         mean, std = scores.advantage_moments or moments(advantages[of.valid])
-        advantages = (advantages - mean) / (std + 1e-8)
+        scale = 1 / (std + 1e-8)
+        advantages = (advantages - mean) * scale
     weight = advantages.gather(1, scores.turn_ids.clamp(min=0))  # (N, T)
     policy = policy_gradient_loss(scores.logps.double(), scores.mask, weight, of.valid.sum())
     value = value_loss(scores.values.double(), of.returns, of.valid)
+    loss = policy.loss + value.loss
+    if scores.divergences is not None:
+        kl = masked_sum(scores.divergences.double(), scores.mask).sum() / of.valid.sum()
+        loss = loss + options["alpha"] * scale * kl
     return LossOut(
-        policy.loss + value.loss,
+        loss,
         None,
         turn_metrics(of.advantages[of.valid], of.returns[of.valid], scores.values.detach().double()[of.valid])
         | {"loss/policy": policy.loss.item(), "loss/value": value.loss.item()},
     )
 
 
-def turns_of(scores: Scores, options: Options):
+def turns_of(scores: Scores, options: Options) -> TurnAdvantages:
     """Advantages and returns of the batch's turns, in float64."""
     assert scores.rewards is not None and scores.values is not None and scores.turn_ids is not None
-    return turn_advantages(
-        _log_ratios(scores),
-        scores.turn_ids,
-        scores.rewards.double(),
-        scores.values.double(),
-        options["alpha"],
-        options["lam"],
-    )
+    log_ratios, ids, values = _log_ratios(scores).detach(), scores.turn_ids, scores.values.double()
+    alpha = options["alpha"]
+    of = turn_advantages(log_ratios, ids, scores.rewards.double(), values, alpha, options["lam"])
+    if scores.divergences is None:
+        return of
+    own = alpha * turn_sums(log_ratios, ids, values.shape[1])  # the KL that the loss has in closed form
+    return of._replace(advantages=of.advantages + own)
 
 
 def moments(advantages: Tensor) -> tuple[float, float]:
@@ -117,7 +131,8 @@ def _log_ratios(scores: Scores) -> Tensor:
 PREFERENCE = {"beta": 0.1, "normalize": False}
 IPO = {"tau": 1.0, "normalize": False}
 MIXED = {"ref_coef": 0.125}
-TURNS = {"lam": 0.95, "normalize_advantage": True}
+TURNS = {"lam": 0.95, "normalize_advantage": True, "kl": "reward"}
+OF_TURNS: dict[str, Any] = {"has_values": True, "choices": {"kl": ("reward", "explicit")}}
 KTO: Options = {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 1.0}
 
 ONLINE_METHODS: Mapping[str, OnlineMethod] = {
@@ -133,19 +148,17 @@ ONLINE_METHODS: Mapping[str, OnlineMethod] = {
     "nash_ema": OnlineMethod(
         "reward", nash_md, {"tau": 0.008, "ema_decay": 0.999}, players=("current", "average")
     ),
-    "mtpo": OnlineMethod(
-        "reward", turn_actor_critic, {"alpha": 0.005} | TURNS, has_values=True, trains_both=True
-    ),
+    "mtpo": OnlineMethod("reward", turn_actor_critic, {"alpha": 0.005} | TURNS, trains_both=True, **OF_TURNS),
     "mtpo_tau": OnlineMethod(
         "reward",
         turn_actor_critic,
         {"alpha": 0.0025, "ref_coef": 0.0375} | TURNS,
-        has_values=True,
         players=("mixture", "mixture"),
         trains_both=True,
+        **OF_TURNS,
     ),
     "rlhf": OnlineMethod(
-        "reward", turn_actor_critic, {"alpha": 0.01} | TURNS, has_values=True, players=("current",)
+        "reward", turn_actor_critic, {"alpha": 0.01} | TURNS, players=("current",), **OF_TURNS
     ),
     "online_kto": OnlineMethod("label", kto, KTO, players=("current",)),
 }

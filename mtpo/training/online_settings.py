@@ -55,6 +55,13 @@ class OnlineSettings(TrainingSettings):
         default=None,
         metadata={"help": "mtpo, mtpo_tau, rlhf: false leaves advantages their scale over a batch"},
     )
+    kl: str | None = field(
+        default=None,
+        metadata={
+            "help": "mtpo, mtpo_tau, rlhf: reward puts the sampled KL of a turn into its reward, explicit sums it over "
+            "the vocabulary in the loss"
+        },
+    )
     value_warmup_steps: int = field(
         default=0, metadata={"help": "first steps in which only the value network learns"}
     )

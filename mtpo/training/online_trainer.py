@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from mtpo.batches import Row, masked_rows
+from mtpo.divergences import KL_FROM_POLICY, Comparison
 from mtpo.errors import GuardError
 from mtpo.logprobs import action_logps
 from mtpo.losses import LossOut
@@ -77,6 +78,7 @@ class OnlineTrainer(TrajectoryTrainer):
         self.is_broken = False
         self.num_skipped = 0
         self.moments: tuple[float, float] | None = None
+        is_explicit = settings.options.get("kl") == "explicit"
         super().__init__(
             model,
             [{}] * rounds.num_prompts,
@@ -86,6 +88,7 @@ class OnlineTrainer(TrajectoryTrainer):
             [_Step(self), *callbacks],
             starts_at_reference=starts_at_reference,
             value=value,
+            comparison=Comparison(reference, KL_FROM_POLICY) if is_explicit else None,
         )
         self.collate = self.data_collator
         self.data_collator = _places  # the prompts' places only: rows follow when their step has come
