@@ -15,8 +15,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from mtpo.errors import GuardError, InputError
-from mtpo.models import fingerprint, load_model, whole
-from mtpo.training import METHODS, TrainingSettings, run, train
+from mtpo.models import fingerprint, load_model, unwrapped, whole
+from mtpo.scoring import batch_logps
+from mtpo.training import METHODS, TrainingSettings, run, train, trainer
 from mtpo.training.guards import EqualGradients
 from mtpo.training.online import train_online
 from mtpo.training.online_settings import OnlineSettings
@@ -39,10 +40,10 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
 
     def run(self, out: Path, *, resume: bool = False) -> None:
-        """Two steps or more: of 4 rows, 2 on each process one after the other, and of 1 row at last."""
+        """Two steps or more: of 4 rows, 2 on each process one after the other, and of 3 rows at last."""
         options = {"learning_rate": 1e-2, "batch_size": 4, "micro_batch_size": 1, "max_grad_norm": 1e9}
         settings = TrainingSettings(method=self.method, **options | dict(self.options))
-        model, rows = tiny_model(self.family, std=0.1), ROWS[settings.recipe.rows](5)[:5]
+        model, rows = tiny_model(self.family, std=0.1), ROWS[settings.recipe.rows](7)[:7]
         teacher = tiny_model(self.family, std=0.1, seed=1) if settings.recipe.has_teacher else None
         train(model, rows, settings, out, teacher=teacher, resume=resume, progress=False)
 
@@ -71,7 +72,17 @@ class RecordedGradients(EqualGradients):
                 torch.save((shards, len(named), weights, gradients), Path(args.output_dir) / "step.pt")
 
 
+def _unsynchronised(out: Path) -> str:
+    """What a run says whose log-probs come from the model inside DDP."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "batch_logps", lambda model, *rest: batch_logps(unwrapped(model), *rest))
+        with pytest.raises(GuardError) as found:
+            CASES["sft"].run(out)
+    return str(found.value)
+
+
 def _worker(rank: int, folder: str) -> None:
+    (Path(folder) / f"guard-{rank}").write_text(_unsynchronised(Path(folder) / "unsynchronised"))
     run.EqualGradients = RecordedGradients
     for wrapper in WRAPPERS:
         os.environ |= launcher_environment(wrapper)
@@ -105,7 +116,7 @@ def _steps(out: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", [*METHOD_CASES, "untied"])
 def test_loss_and_gradients_of_two_processes_are_those_of_one(name: str, wrapper: str, folder: Path) -> None:
-    """With gradients accumulated, rows of many lengths, and a last batch that one process has no row of."""
+    """With gradients accumulated, rows of many lengths, and fewer rows on one process at last."""
     shards, count, weights, actual = torch.load(folder / wrapper / name / "step.pt")
     _, _, same_weights, expected = torch.load(folder / "one" / name / "step.pt")
     assert shards == (count if wrapper == "fsdp2" else 0)
@@ -138,7 +149,7 @@ def test_a_resumed_run_of_two_processes_ends_where_an_uninterrupted_one_does(
     straight, resumed = (load_model(folder / wrapper / name) for name in ("straight", "resumed/model"))
     for expected, actual in zip(straight.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7)
-    assert [step["step"] for step in _steps(folder / wrapper / "resumed")] == [1, 2, 3, 4]
+    assert [step["step"] for step in _steps(folder / wrapper / "resumed")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -149,6 +160,11 @@ def test_the_value_network_of_two_processes_is_that_of_one(wrapper: str, folder:
     assert one["network"].keys() == two["network"].keys()
     for key, expected in one["network"].items():
         torch.testing.assert_close(two["network"][key], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_that_are_not_synchronised_stop_every_process(folder: Path) -> None:
+    for rank in (0, 1):
+        assert "their gradients are not synchronised" in (folder / f"guard-{rank}").read_text()
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
