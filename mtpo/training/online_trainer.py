@@ -234,13 +234,12 @@ class OnlineTrainer(TrajectoryTrainer):
     # -- steps and checkpoints ---------------------------------------------------------------------------------
 
     def save_here(self) -> None:
-        """A checkpoint of the last finished step, if there is one and it has none yet."""
+        """A checkpoint of the last finished step, if there is one and it has none yet; whole when this returns."""
         step = self.state.global_step
-        if (
-            step
-            and not (Path(str(self.args.output_dir)) / f"checkpoint-{step}" / "trainer_state.json").exists()
-        ):
+        state = Path(str(self.args.output_dir)) / f"checkpoint-{step}" / "trainer_state.json"
+        if step and not all(gather_object([state.exists()])):  # all processes save it, or none
             self._save_checkpoint(self.model, trial=None)  # pyright: ignore[reportArgumentType]
+            self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
