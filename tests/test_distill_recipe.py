@@ -11,7 +11,7 @@ import torch
 from data.trajectories import read_trajectories
 from mtpo.models import load_model, load_tokenizer
 from mtpo.runs import read_json
-from recipes import distill
+from recipes import distill, tiny_distillation
 from recipes.tiny import make_tiny_gemma2
 from tests.coin import SHORT, write_problems_file
 
@@ -112,3 +112,13 @@ def test_a_teacher_with_other_tokens_is_refused_though_as_many(
     error = fails(capsys, *argv, "--out", tmp_path / "run")
     assert "distillation needs one tokenizer, but those of student and teacher differ in 4 entries" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_only_a_finished_quickstart_is_distilled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in (("summary", {"steps": 4}), ("config", {"options": {"model": "m"}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    argv = ["--teacher", tmp_path, "--out", tmp_path / "run"]
+    assert tiny_distillation.main([str(a) for a in argv]) == 1
+    assert "is no finished run of recipes.quickstart" in capsys.readouterr().err
+    assert tiny_distillation.main([str(a) for a in [*argv, "--prompts", 10]]) == 1
+    assert "--prompts must be from 160 to 5000, got 10" in capsys.readouterr().err
