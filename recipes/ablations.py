@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -52,6 +54,7 @@ from recipes.iterate import LoopOptions, Sets, run_loop
 from recipes.online import Config as OnlineConfig
 from recipes.online import train_policy as train_online_policy
 from recipes.quickstart import PROMPTS_A_SEED, PROMPTS_START, supervised
+from sandbox.confine import die_with
 
 SECTIONS = {"learning_rates", "common", "offline", "online", "arms"}
 """Of an arms file."""
@@ -154,7 +157,12 @@ def compare_arms(config: Config) -> str:
         folder.path / "arms.json",
         {"options": dict(arms.options), "learning_rates": dict(arms.learning_rates)},
     )
-    with ProcessPoolExecutor(config.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        config.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=die_with,  # or a run that goes on would meet those that the killed one left behind
+        initargs=(os.getpid(), signal.SIGKILL),
+    ) as pool:
         results = run_all(folder.path, arms, config, lambda function, jobs: list(pool.map(function, jobs)))
     write_json(folder.path / "results.json", results)
     table = as_table(results)
