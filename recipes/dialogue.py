@@ -37,10 +37,11 @@ from mtpo.judges import CallableJudge, LLMJudge
 from mtpo.rollout import Decoding, RolloutLimits, rollout
 from mtpo.runs import RunFolder, write_jsonl
 from mtpo.students import PERSONA, EngineStudents, ScriptedStudents
-from mtpo.training import TrainingSettings, train
+from mtpo.training import train
 from mtpo.trajectory import Problem, Trajectory
 from recipes.engines import EngineOptions, Sampler
 from recipes.generate import default_of
+from recipes.quickstart import SUPERVISED
 from recipes.sft import render_rows
 from recipes.tiny import make_tiny_gemma2, train_tokenizer
 
@@ -70,18 +71,6 @@ STUDENT_OPTIONS = (
     *("student_engine", "student_urls", "student_tokenizer", "student_tokens"),
     *("persona", "topics"),
 )
-SFT = TrainingSettings(
-    method="sft",
-    learning_rate=6e-3,
-    optimizer="muon",
-    batch_size=16,
-    micro_batch_size=8,
-    warmup_steps=20,
-    final_lr_ratio=0.02,
-    adam_beta2=0.98,
-    weight_decay=0.01,
-)
-"""Of the tiny teacher."""
 SPEED_ONLY = frozenset(
     {"max_in_flight", "engine", "engine_args", "urls", "student_engine", "student_urls", "judge_urls"}
 )
@@ -223,7 +212,7 @@ def tiny_teacher(out: Path, config: Config) -> Path:
     shown = list(lesson_demonstrations(config.demonstrations, seed=config.seed, max_turns=config.max_turns))
     tokenizer = train_tokenizer(message["content"] for _, messages in shown for message in messages)
     rows = render_rows(ChatFormat.for_tokenizer(tokenizer), shown)
-    settings = replace(SFT, seed=config.seed)
+    settings = replace(SUPERVISED, warmup_steps=20, seed=config.seed)
     return train(make_tiny_gemma2(tokenizer, config.seed), rows, settings, out, tokenizer=tokenizer).model
 
 

@@ -42,7 +42,7 @@ PROMPTS_START = 20_000
 """Training problems from here on are for preference learning; demonstrations use those before."""
 PROMPTS_A_SEED = 10_000
 
-SFT = TrainingSettings(
+SUPERVISED = TrainingSettings(
     method="sft",
     learning_rate=6e-3,
     optimizer="muon",
@@ -53,6 +53,7 @@ SFT = TrainingSettings(
     adam_beta2=0.98,
     weight_decay=0.01,
 )
+"""How a tiny model learns from demonstrations; chosen on dev problems."""
 
 LOOPS: dict[str, dict[str, Any]] = {
     "dpo": {"learning_rate": 1e-4, "batch_size": 16, "per_problem": 2},
@@ -164,7 +165,7 @@ def supervised(out: Path, num_demonstrations: int, seed: int, *, num_heads: int 
     tokenizer = train_tokenizer(message["content"] for _, messages in shown for message in messages)
     rows = render_rows(ChatFormat.for_tokenizer(tokenizer), ((told.id, messages) for told, messages in shown))
     model = make_tiny_gemma2(tokenizer, seed, num_heads=num_heads)
-    return train(model, rows, SFT, out, tokenizer=tokenizer, resume=True).model
+    return train(model, rows, SUPERVISED, out, tokenizer=tokenizer, resume=True).model
 
 
 if __name__ == "__main__":

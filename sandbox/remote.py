@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 
+from mtpo.engines.servers import checked_url
 from mtpo.errors import InputError, SandboxError
 from mtpo.trajectory import Execution
 
@@ -41,17 +42,11 @@ class RemoteInterpreter:
     def __init__(self, url: str, token: str, *, timeout_s: float = 30.0) -> None:
         if not 0 < timeout_s < float("inf"):
             raise InputError(f"timeout_s must be a positive number of seconds, got {timeout_s!r}")
-        try:
-            address = httpx2.URL(url)
-        except httpx2.InvalidURL as error:
-            raise InputError(f"{url!r} is no URL of a sandbox service: {error}") from None
-        if address.scheme not in ("http", "https") or not address.host:
-            raise InputError(f"{url!r} is no URL of a sandbox service: expected http://HOST:PORT")
-        self.url = url
+        self.url = checked_url(url, "a sandbox service")
         self.open_sessions: set[RemoteSession] = set()
         self._timeout_s = timeout_s
         self._http = httpx2.AsyncClient(
-            base_url=address,
+            base_url=url,
             headers={"Authorization": f"Bearer {token}"},
             timeout=httpx2.Timeout(ANSWER_TIMEOUT_S, connect=10.0, pool=None),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),

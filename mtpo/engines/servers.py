@@ -60,7 +60,7 @@ class Servers(Generic[State]):
     ) -> None:
         if not urls:
             raise InputError("an engine needs the URL of at least one server")
-        self.urls = [_base_url(url) for url in urls]
+        self.urls = [checked_url(url).rstrip("/").removesuffix("/v1") for url in urls]
         self.usable = set(range(len(urls)))
         self.patience_s = patience_s
         self._probe = probe
@@ -178,15 +178,19 @@ class Servers(Generic[State]):
         del self._revivals[replica]
 
 
-def _base_url(url: str) -> str:
-    """The URL without a slash, and without the /v1 that other clients want at its end."""
+def checked_url(url: str, server: str = "a server") -> str:
+    """The URL as it was.
+
+    Raises:
+        InputError: it is none of `server`.
+    """
     try:
         address = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise InputError(f"{url!r} is no URL of a server: {error}") from None
+        raise InputError(f"{url!r} is no URL of {server}: {error}") from None
     if address.scheme not in ("http", "https") or not address.host:
-        raise InputError(f"{url!r} is no URL of a server: expected http://HOST:PORT")
-    return url.rstrip("/").removesuffix("/v1")
+        raise InputError(f"{url!r} is no URL of {server}: expected http://HOST:PORT")
+    return url
 
 
 def check_ready(response: httpx2.Response) -> None:
