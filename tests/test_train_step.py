@@ -80,6 +80,8 @@ def test_bars_hold_at_their_value_and_not_beyond() -> None:
 
     assert held(1.0, 50.0, 0.5) == [True, True, True, True]
     assert held(1.01, 51.0, 0.50001) == [False, True, False, False]
+    unseen = {name: StepFigures(0.5, 1.0, 1.0, 9.0, 0.0) for name in (TRL, OURS)}
+    assert [is_held for *_, is_held in bars(unseen, "cpu", "float32")] == [True, True, False, False]
     assert list(bars({OURS: StepFigures(1, 1, 1, 1, 1)}, "cpu", "float32")) == []
 
 

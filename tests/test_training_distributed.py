@@ -75,7 +75,7 @@ class RecordedGradients(EqualGradients):
 def _unsynchronised(out: Path) -> str:
     """What a run says whose log-probs come from the model inside DDP."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "batch_logps", lambda model, *rest: batch_logps(unwrapped(model), *rest))
+        patch.setattr(trainer, "batch_logps", lambda model, *a, **k: batch_logps(unwrapped(model), *a, **k))
         with pytest.raises(GuardError) as found:
             CASES["sft"].run(out)
     return str(found.value)

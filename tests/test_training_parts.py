@@ -72,7 +72,10 @@ def test_every_method_runs_on_its_defaults() -> None:
     assert settings("ipo", normalize=True).options == {"tau": 0.1} | of_pairs | {"normalize": True}
     assert settings("cdpo").options["label_smoothing"] == 0.1
     assert settings("kto", lambda_neg=2.0).options == {"beta": 0.1, "lambda_pos": 1.0, "lambda_neg": 2.0}
-    assert {name for name, method in METHODS.items() if not method.needs_reference} == {"sft", "raft"}
+    assert {name for name, method in METHODS.items() if not method.needs_reference} == {
+        *("sft", "raft"),
+        *("kd", "gkd"),  # they have a teacher
+    }
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 3))
