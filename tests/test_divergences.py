@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -18,7 +16,7 @@ from mtpo.divergences import KL_FROM_POLICY, KL_FROM_REFERENCE, Comparison, logp
 from mtpo.errors import InputError
 from mtpo.logprobs import action_logps
 from mtpo.losses import Divergence
-from tests.process_pair import leave_together
+from tests.process_pair import leave_together, start_pair
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_singles
 
@@ -233,11 +231,8 @@ def test_packed_rows_have_the_divergences_of_padded_ones(divergence: Divergence)
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
 
 
-def _distributed_worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+def _distributed_worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
     ours, theirs = student(), teacher()
     wrapped: Any = nn.parallel.DistributedDataParallel(ours)
     mine = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch(rows=4).items()}
@@ -250,10 +245,9 @@ def _distributed_worker(rank: int, port: int, folder: str) -> None:
 
 def test_ddp_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     """DDP averages over processes, so each must hold half of the gradient of the whole batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_distributed_worker, (port, str(tmp_path)), nprocs=2, start_method="spawn")  # pyright: ignore
+    pair = start_pair(_distributed_worker, str(tmp_path))
+    while not pair.join():
+        pass
     ours, rows = student(), batch(rows=4)
     expected = action_logps(ours, **rows) + naive(ours, teacher(), rows, Divergence("jsd"))
     (expected.sum() / 2).backward()

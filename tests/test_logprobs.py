@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from mtpo import logprobs
 from mtpo.errors import InputError
 from mtpo.logprobs import action_logps, head_logits
-from tests.process_pair import leave_together
+from tests.process_pair import leave_together, start_pair
 from tests.tiny_models import Family, tiny_model
 
 SHAPES: tuple[Family, ...] = ("gemma", "gemma2", "gemma3", "llama")
@@ -207,11 +205,8 @@ def test_head_logits_are_those_of_the_model(family: Family) -> None:
     torch.testing.assert_close(head_logits(model, hidden), expected, rtol=1e-6, atol=1e-5)
 
 
-def _distributed_worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+def _distributed_worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
     model = tiny_model("gemma2", std=0.3)
     wrapped: Any = nn.parallel.DistributedDataParallel(model)
     mine = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in batch(rows=4).items()}
@@ -223,10 +218,9 @@ def _distributed_worker(rank: int, port: int, folder: str) -> None:
 
 def test_ddp_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
     """DDP averages over processes, so each must hold half of the gradient of the whole batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_distributed_worker, (port, str(tmp_path)), nprocs=2, start_method="spawn")  # pyright: ignore
+    pair = start_pair(_distributed_worker, str(tmp_path))
+    while not pair.join():
+        pass
     model = tiny_model("gemma2", std=0.3)
     (action_logps(model, **batch(rows=4)).sum() / 2).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -242,6 +242,13 @@ def test_an_adapter_without_its_model_is_one_line(run: Path, tmp_path: Path) -> 
 QLORA = ["--load_in_4bit", "--lora_rank", "4"]
 
 
+def dpo_command(start: Path, folder: Path) -> list[Any]:
+    """Flags of recipes.train for four pairs, which it writes into the folder."""
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs(4)))
+    places = ["--model", start, "--data", folder / "pairs.jsonl", "--out", folder / "run"]
+    return ["--method", "dpo", *places]
+
+
 @pytest.mark.parametrize(
     ("options", "has_cuda", "package", "message"),
     [
@@ -256,17 +263,7 @@ def test_4_bits_are_refused_in_one_line_where_they_cannot_be(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     monkeypatch.setattr(models, "find_spec", lambda name: package)
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs(4)))
-    argv = [
-        "--method",
-        "dpo",
-        "--model",
-        start,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--out",
-        tmp_path / "run",
-    ]
+    argv = dpo_command(start, tmp_path)
     assert train_recipe.main([str(a) for a in [*argv, "--learning_rate", "1e-2", *options]]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
@@ -321,17 +318,7 @@ def test_what_a_quantised_model_cannot_do_is_refused(
 
 
 def test_an_adapter_trains_from_the_command_line_and_can_be_sampled_from(start: Path, tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs(4)))
-    argv = [
-        "--method",
-        "dpo",
-        "--model",
-        start,
-        "--data",
-        tmp_path / "pairs.jsonl",
-        "--out",
-        tmp_path / "run",
-    ]
+    argv = dpo_command(start, tmp_path)
     argv += ["--learning_rate", "1e-2", "--batch_size", "4", "--epochs", "3", "--lora_rank", "2"]
     argv += ["--lora_targets", "all-linear", "lm_head"]
     assert train_recipe.main([str(argument) for argument in argv]) == 0
