@@ -23,15 +23,15 @@ from mtpo.cli import run_recipe
 from mtpo.errors import InputError
 from mtpo.models import load_model, load_tokenizer
 from mtpo.runs import RunFolder
-from mtpo.training import TrainingSettings, train
-from recipes.dry_run import DryRunOptions, dry_run
-from recipes.train import SPEED_ONLY, summary
+from mtpo.training import train
+from recipes.dry_run import dry_run
+from recipes.train import SPEED_ONLY, RowTraining, summary
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingSettings, DryRunOptions):
+class Config(RowTraining):
     """Supervised training on demonstrations."""
 
     method: str = field(default="sft", metadata={"help": "sft, or raft for the same under that name"})
@@ -45,20 +45,10 @@ class Config(TrainingSettings, DryRunOptions):
     tokenizer: str | None = field(
         default=None, metadata={"help": "with the chat template; by default --model's"}
     )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "QLoRA: quantise the model that lora_rank leaves as it is; CUDA only"},
-    )
-    attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
     def __post_init__(self) -> None:
-        TrainingSettings.__post_init__(self)
-        DryRunOptions.__post_init__(self)
-        if self.load_in_4bit and self.lora_rank is None:
-            raise InputError(
-                "--load_in_4bit needs --lora_rank: quantised weights cannot be trained themselves"
-            )
+        super().__post_init__()
         if self.recipe.rows != "single":
             raise InputError(f"--method {self.method} is no supervised method; use recipes.train")
 

@@ -28,7 +28,26 @@ SPEED_ONLY = frozenset({"micro_batch_size", "gradient_checkpointing", "layout"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainingSettings, DryRunOptions):
+class RowTraining(TrainingSettings, DryRunOptions):
+    """How a policy is loaded, and trained on given rows."""
+
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "QLoRA: quantise the model that lora_rank leaves as it is; CUDA only"},
+    )
+    attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
+
+    def __post_init__(self) -> None:
+        TrainingSettings.__post_init__(self)
+        DryRunOptions.__post_init__(self)
+        if self.load_in_4bit and self.lora_rank is None:
+            raise InputError(
+                "--load_in_4bit needs --lora_rank: quantised weights cannot be trained themselves"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RowTraining):
     """Train a policy on pairs, binary labels, or single trajectories, by any offline method."""
 
     model: str = field(metadata={"help": "policy to start from: model name or folder"})
@@ -40,20 +59,7 @@ class Config(TrainingSettings, DryRunOptions):
     reference: str | None = field(
         default=None, metadata={"help": "reference policy; by default --model as it starts"}
     )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "QLoRA: quantise the model that lora_rank leaves as it is; CUDA only"},
-    )
-    attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
-
-    def __post_init__(self) -> None:
-        TrainingSettings.__post_init__(self)
-        DryRunOptions.__post_init__(self)
-        if self.load_in_4bit and self.lora_rank is None:
-            raise InputError(
-                "--load_in_4bit needs --lora_rank: quantised weights cannot be trained themselves"
-            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
