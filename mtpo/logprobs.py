@@ -26,6 +26,9 @@ from mtpo.models import unwrapped, whole
 MAX_TILE = 1 << 26
 """Logits that exist at once: 256 MiB in float32; the backward pass holds about three such tiles."""
 
+MAX_KEPT = 3 << 25
+"""Logits of a forward pass that wait for its backward pass, 384 MiB in float32; the others are computed again."""
+
 UNSUPPORTED_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 """Config fields of families that scale their logits (Cohere, Granite, Falcon-H1), which this head does not."""
 
@@ -233,7 +236,7 @@ def over_tiles(
 ) -> Tensor:
     """One number for each hidden state, from the model's logits there, a tile of them at a time.
 
-    The backward pass computes each tile of logits again. Sums over rows and over the vocabulary run in float32, also
+    The backward pass computes the logits again, but for the first `MAX_KEPT`. Sums over rows and over the vocabulary run in float32, also
     for half-precision weights.
 
     Args:
@@ -273,7 +276,7 @@ def _by_autograd(value: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor, 
 
 
 class _Tiled(torch.autograd.Function):
-    """value(cap(hidden @ weight.T + bias)), recomputing each tile of logits in the backward pass."""
+    """value(cap(hidden @ weight.T + bias)), computing most tiles of logits again in the backward pass."""
 
     @staticmethod
     def forward(
@@ -288,11 +291,16 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         values = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         buffer = _tile_buffer(hidden, weight, rows)
+        num_kept = MAX_KEPT // len(weight) if any(ctx.needs_input_grad) else 0
+        kept = {}
         with torch.autocast(hidden.device.type, enabled=False):
-            for tile in _tiles(len(hidden), rows):
-                values[tile] = value(_tile_logits(hidden[tile], weight, bias, softcap, buffer), tile)
+            for tile in _tiles(len(hidden), rows, num_kept):
+                logits = _tile_logits(hidden[tile], weight, bias, softcap, buffer)
+                if tile.start < num_kept:
+                    kept[tile.start] = logits.clone()  # `value` may overwrite the others
+                values[tile] = value(logits, tile)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.gradient, ctx.softcap, ctx.rows = gradient, softcap, rows
+        ctx.gradient, ctx.softcap, ctx.rows, ctx.num_kept, ctx.kept = gradient, softcap, rows, num_kept, kept
         return values
 
     @staticmethod
@@ -305,8 +313,10 @@ class _Tiled(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=of_values.dtype) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=of_values.dtype) if wants_bias else None
         buffer = _tile_buffer(hidden, weight, ctx.rows)
-        for tile in _tiles(len(hidden), ctx.rows):
-            logits = _tile_logits(hidden[tile], weight, bias, ctx.softcap, buffer)
+        for tile in _tiles(len(hidden), ctx.rows, ctx.num_kept):
+            logits = ctx.kept.pop(tile.start, None)
+            if logits is None:
+                logits = _tile_logits(hidden[tile], weight, bias, ctx.softcap, buffer)
             delta = ctx.gradient(logits, tile, of_values[tile])
             if ctx.softcap is not None:
                 delta.mul_(logits.div_(ctx.softcap).square_().neg_().add_(1))  # 1 - tanh^2, through the cap
@@ -327,8 +337,11 @@ class _Tiled(torch.autograd.Function):
         )
 
 
-def _tiles(length: int, rows: int) -> list[slice]:
-    return [slice(start, start + rows) for start in range(0, length, rows)]
+def _tiles(length: int, rows: int, border: int = 0) -> list[slice]:
+    """Of at most `rows`, none of them across the border."""
+    border = min(border, length)
+    spans = ((0, border), (border, length))
+    return [slice(start, min(start + rows, end)) for first, end in spans for start in range(first, end, rows)]
 
 
 def _tile_buffer(hidden: Tensor, weight: Tensor, rows: int) -> Tensor | None:

@@ -98,8 +98,8 @@ def distill(config: Config) -> str:
     problems = [] if config.problems is None else load_problems(config.problems, config.limit, strict=False)
     rows = _places(problems, chat, config.system) if config.data is None else _rows(config.data)
     student, teacher = (
-        load_model(name, dtype=config.dtype, attention=config.attention)
-        for name in (config.model, config.teacher)
+        load_model(name, dtype=dtype, attention=config.attention)
+        for name, dtype in ((config.model, config.weights_dtype), (config.teacher, config.dtype))
     )
     require_one_vocabulary(
         {"student": student, "teacher": teacher},

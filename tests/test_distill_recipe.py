@@ -76,6 +76,11 @@ def test_kd_takes_every_trajectory_of_the_teachers_folder(coin: Path, student: P
     ours, before = load_model(tmp_path / "run/model"), load_model(student)
     assert not torch.equal(ours.lm_head.weight, before.lm_head.weight)
 
+    small = [*argv, "--out", tmp_path / "bfloat16", "--learning_rate", 1e-12, "--dtype", "bfloat16"]
+    assert distill.main([str(a) for a in small]) == 0
+    unmoved = load_model(tmp_path / "bfloat16/model")  # bfloat16 is for computing, not for the weights
+    torch.testing.assert_close(unmoved.lm_head.weight, before.lm_head.weight, rtol=0, atol=1e-6)
+
 
 def test_bad_input_ends_in_one_line(
     coin: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -52,17 +52,43 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: fl
         torch.testing.assert_close(actual[name], expected[name], rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("rows_kept", [0, 7, 1000])
 @pytest.mark.parametrize("rows_per_tile", [1, 5, 1000])
 @pytest.mark.parametrize("family", SHAPES)
 def test_equals_full_logits_in_value_and_gradient(
-    family: Family, rows_per_tile: int, monkeypatch: pytest.MonkeyPatch
+    family: Family, rows_per_tile: int, rows_kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "MAX_TILE", 48 * rows_per_tile)
+    monkeypatch.setattr(logprobs, "MAX_KEPT", 48 * rows_kept)
     model, rows = tiny_model(family, dtype=torch.float64, std=0.3), batch()
     expected, actual = naive(model, rows), action_logps(model, **rows)
     assert actual.dtype == torch.float64
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     assert_same(gradients(model, actual), gradients(model, naive(model, rows)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rows_kept", "computed_again"), [(0, [5, 5, 5]), (7, [5, 3]), (1000, [])])
+def test_logits_that_wait_for_the_backward_pass_are_used_once(
+    rows_kept: int, computed_again: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "MAX_TILE", 48 * 5)
+    monkeypatch.setattr(logprobs, "MAX_KEPT", 48 * rows_kept)
+    model, computed = tiny_model("gemma2", dtype=torch.float64, std=0.3), []
+    original = logprobs._tile_logits
+
+    def tile_logits(hidden: Tensor, *args: Any) -> Tensor:
+        computed.append(len(hidden))
+        return original(hidden, *args)
+
+    monkeypatch.setattr(logprobs, "_tile_logits", tile_logits)
+    hidden = torch.randn(15, 32, dtype=torch.float64, requires_grad=True)
+    logps = logprobs.logps_after(model, hidden, torch.arange(15))
+    forward = len(computed)
+    (first,) = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
+    assert computed[forward:] == computed_again
+    (second,) = torch.autograd.grad(logps.sum(), hidden)
+    assert sum(computed[forward:]) == sum(computed_again) + 15
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_saturated_softcap() -> None:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from mtpo.errors import InputError
-from mtpo.logprobs import MAX_TILE
+from mtpo.logprobs import MAX_KEPT, MAX_TILE
 from mtpo.models import DTYPES, exact_attention, unwrapped
 from mtpo.training.adapters import with_adapter
 from mtpo.training.optim import JointOptimizer, make_optimizer
@@ -186,7 +186,8 @@ def _head(model: Any, config: Any, settings: TrainingSettings, num_gpus: int) ->
     """At most: as if all tokens were actions."""
     tokens = micro_batch(settings, num_gpus) * (settings.max_length or config.max_position_embeddings)
     selected = 2 * tokens * config.hidden_size * 4
-    tiles = 3 * min(MAX_TILE, tokens * config.vocab_size) * 4
+    logits = tokens * config.vocab_size
+    tiles = 4 * (3 * min(MAX_TILE, logits) + min(MAX_KEPT, logits))
     weight = unwrapped(model).get_output_embeddings().weight
     gradient = 4 * weight.numel() if weight.requires_grad else 0
     cast = 2 * weight.numel() if settings.computes_in_bfloat16 and weight.dtype == torch.float32 else 0
