@@ -95,9 +95,7 @@ class Crew:
             self._returning[index] = asyncio.create_task(self._await_return(index))
         while not self.alive:
             if time.monotonic() > give_up_at:
-                raise LostActorError(
-                    f"none of {len(self.actors)} actors came back in {self._patience_s:g} s"
-                )
+                raise LostActorError(f"none of {len(self.actors)} actors came back in {self._patience_s:g} s")
             await asyncio.sleep(PAUSE_S)
 
     @contextlib.contextmanager

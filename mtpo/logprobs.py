@@ -236,8 +236,8 @@ def over_tiles(
 ) -> Tensor:
     """One number for each hidden state, from the model's logits there, a tile of them at a time.
 
-    The backward pass computes the logits again, but for the first `MAX_KEPT`. Sums over rows and over the vocabulary run in float32, also
-    for half-precision weights.
+    The backward pass computes the logits again, but for the first `MAX_KEPT`. Sums over rows and over the vocabulary
+    run in float32, also for half-precision weights.
 
     Args:
         model: a causal LM of transformers, unwrapped.

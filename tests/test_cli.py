@@ -117,7 +117,9 @@ def test_of_many_processes_the_first_prints_the_line(
 ) -> None:
     for rank in "012":
         monkeypatch.setenv("RANK", rank)
-        assert run_recipe(Config, lambda config, rank=rank: f"by {rank}", "recipes.count", ["--out", "x"]) == 0
+        assert (
+            run_recipe(Config, lambda config, rank=rank: f"by {rank}", "recipes.count", ["--out", "x"]) == 0
+        )
     assert capsys.readouterr().out == "by 0\n"
 
 

@@ -101,7 +101,7 @@ def test_a_teacher_with_other_tokens_is_refused_though_as_many(
     coin: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = load_tokenizer(coin)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore
     vocab = state["model"]["vocab"]
     first, second = (next(token for token, i in vocab.items() if i == n) for n in (40, 41))
     vocab[first], vocab[second] = 41, 40

@@ -299,7 +299,7 @@ QUANTISED: list[tuple[dict[str, Any], str]] = [
 
 def test_a_quantised_value_network_is_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    model.is_quantized = True  # pyright: ignore[reportAttributeAccessIssue]
+    model.is_quantized = True  # pyright: ignore
     with pytest.raises(InputError, match="dro_v trains a copy of the model as its value network"):
         train(model, tiny_labels(4), settings("dro_v"), tmp_path, progress=False)
 
@@ -309,7 +309,7 @@ def test_what_a_quantised_model_cannot_do_is_refused(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     model = tiny_model("llama")
-    model.is_quantized = True  # pyright: ignore[reportAttributeAccessIssue]
+    model.is_quantized = True  # pyright: ignore
     with pytest.raises(InputError, match=message):
         if settings(**options).lora_rank is None:
             with_adapter(model, settings(**options))

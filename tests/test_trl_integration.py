@@ -266,7 +266,8 @@ def test_a_run_with_trls_own_defaults_goes_on_from_a_checkpoint(tmp_path: Path) 
     runs[1].train(resume_from_checkpoint=str(tmp_path / "trl" / "checkpoint-1"))
     assert logged(runs[0])[0] == pytest.approx(math.log(2), rel=1e-6)
     assert logged(runs[1])[1:] == pytest.approx(logged(runs[0])[1:], rel=1e-6)
-    for expected, actual in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+    expected_weights, weights = (run.model.parameters() for run in runs)  # pyright: ignore
+    for expected, actual in zip(expected_weights, weights, strict=True):
         torch.testing.assert_close(actual, expected)
 
 
