@@ -6,6 +6,7 @@
     file.jsonl  file.jsonl.gz           one JSON object a line
     folder:test                         `folder/test.jsonl`, or a downloaded copy of a hub repository
     owner/name:test  owner/name:config:test     any other set on the hub
+    gsm8k:test,math:test                several sets, one after the other
 
 A row is recognised by its field names (`FORMS`), so a local file in the hub's field names and the hub's data
 set give the same problems.
@@ -13,6 +14,7 @@ set give the same problems.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -36,10 +38,17 @@ FORMS = (
     ("question", "answer"),
     ("question", "final_answer"),
     ("question", "gold"),
+    ("question", "solution"),
+    ("query", "response"),
+    ("instruction", "output"),
     ("input", "target"),
     ("Question", "Answer"),
 )
 """Fields that hold question and gold answer; the first pair that a row has, not null, counts."""
+WORKED_OUT = frozenset({"solution", "response", "output"})
+"""Those of them with a worked solution, which ends in the answer."""
+NUM_NAMED = 5
+"""Problems that a warning names, of those that it is about."""
 
 Row = tuple[str, bytes | Mapping[str, Any]]
 """Where a row stands, for messages, and the row: parsed, or a line of JSON."""
@@ -51,7 +60,8 @@ class HubSet:
 
     name: str
     configs: tuple[str | None, ...]
-    splits: tuple[str, ...]
+    splits: Mapping[str, int]
+    """With the number of problems in each, those with an empty box as gold answer left out."""
 
 
 MATH_SUBJECTS = (
@@ -64,29 +74,31 @@ MATH_SUBJECTS = (
     "precalculus",
 )
 NAMED_SETS = {
-    "gsm8k": HubSet("openai/gsm8k", ("main",), ("train", "test")),
-    "math": HubSet("EleutherAI/hendrycks_math", MATH_SUBJECTS, ("train", "test")),
-    "math500": HubSet("HuggingFaceH4/MATH-500", (None,), ("test",)),
+    "gsm8k": HubSet("openai/gsm8k", ("main",), {"train": 7473, "test": 1319}),
+    "math": HubSet("EleutherAI/hendrycks_math", MATH_SUBJECTS, {"train": 7498, "test": 5000}),
+    "math500": HubSet("HuggingFaceH4/MATH-500", (None,), {"test": 500}),
 }
 
 
 def load_problems(spec: str, limit: int | None = None, *, strict: bool = True) -> list[Problem]:
-    """The problems of a set, in the set's order.
+    """The problems of a set, in the set's order, or of several sets that commas join, in theirs.
 
     A problem's id is the row's own `id`, `unique_id` or `ID`, else `SET/INDEX` with the row's index from 0:
-    `gsm8k:test/17`, `math:train/0`, `svamp/3` for the fourth line of svamp.jsonl. A row whose gold answer is an
-    empty box is left out with a warning.
+    `gsm8k:test/17`, `math:train/0`, `svamp/3` for the fourth line of svamp.jsonl. One that a set before has taken
+    is put after the set's spec. A row whose gold answer is an empty box is left out with a warning.
 
     Args:
         spec: see the module's docstring.
         limit: keep the first `limit` problems.
-        strict: raise on the first broken row; otherwise log each broken row as a warning and keep the others.
+        strict: raise on the first broken row; otherwise warn of the broken rows and keep the others.
 
     Raises:
         InputError: the spec names nothing, the set cannot be loaded or holds no problem, or a row is broken.
     """
     if limit is not None and limit < 1:
         raise InputError(f"{spec}: the number of problems must be at least 1, got {limit}")
+    if "," in spec and not Path(spec).exists():
+        return _joined([part.strip() for part in spec.split(",")], strict=strict)[:limit]
     if spec.startswith("generated:"):
         from data.generated import problems as generated_problems
 
@@ -95,11 +107,29 @@ def load_problems(spec: str, limit: int | None = None, *, strict: bool = True) -
     if errors and strict:
         more = f" ({len(errors) - 1} more broken rows)" if len(errors) > 1 else ""
         raise InputError(errors[0] + more)
-    for error in errors:
+    for error in errors[:NUM_NAMED]:
         logger.warning("left out: %s", error)
+    if len(errors) > NUM_NAMED:
+        logger.warning("%s: left out %d more broken rows", spec, len(errors) - NUM_NAMED)
     if not problems:
         raise InputError(f"{spec}: holds no problem" + (f"; {errors[0]}" if errors else ""))
     return problems[:limit]
+
+
+def num_problems(spec: str, limit: int | None = None) -> int:
+    """How many problems `load_problems` gives; of a named set on the hub without loading it.
+
+    Raises:
+        InputError: as `load_problems`.
+    """
+    if "," in spec and not Path(spec).exists():
+        count = sum(num_problems(part.strip()) for part in spec.split(","))
+    elif (found := _named(spec)) and "@" not in spec:
+        known, split = found
+        count = known.splits[split]
+    else:
+        count = len(load_problems(spec, limit, strict=False))
+    return count if limit is None else min(count, limit)
 
 
 def read_problem_file(path: str | Path, set_name: str | None = None) -> tuple[list[Problem], list[str]]:
@@ -163,11 +193,20 @@ def drop_shared(problems: Sequence[Problem], others: Sequence[Problem]) -> list[
     The published splits need it: MATH has one question both in train and in test.
     """
     taken = {_normal_text(problem.question) for problem in others}
-    kept = [problem for problem in problems if _normal_text(problem.question) not in taken]
-    if len(kept) < len(problems):
-        dropped = ", ".join(p.id for p in problems if _normal_text(p.question) in taken)
-        logger.warning("left out %d problems that another set shares: %s", len(problems) - len(kept), dropped)
-    return kept
+    dropped = [problem for problem in problems if _normal_text(problem.question) in taken]
+    _warn_of("that another set shares", dropped)
+    return [problem for problem in problems if _normal_text(problem.question) not in taken]
+
+
+def drop_repeated(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems without those whose question an earlier one asks (compared as in `assert_disjoint`); logs the rest.
+
+    Sets of solutions need it: MetaMathQA has many a question several times, with an answer worked out anew.
+    """
+    kept: dict[str, Problem] = {}
+    repeated = [p for p in problems if kept.setdefault(_normal_text(p.question), p) is not p]
+    _warn_of("that ask what another one asks", repeated)
+    return list(kept.values())
 
 
 def problem_from_row(row: Mapping[str, Any], default_id: str) -> Problem:
@@ -250,20 +289,42 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return row
 
 
+def _joined(specs: Sequence[str], *, strict: bool) -> list[Problem]:
+    problems: dict[str, Problem] = {}
+    for spec in specs:
+        for problem in load_problems(spec, strict=strict):
+            if problem.id in problems:
+                problem = dataclasses.replace(problem, id=f"{spec}/{problem.id}")
+            if problem.id in problems:
+                raise InputError(f"{spec}: the id {problem.id!r} is already taken: is a set named twice?")
+            problems[problem.id] = problem
+    return list(problems.values())
+
+
+def _named(spec: str) -> tuple[HubSet, str] | None:
+    """The set of `NAMED_SETS` that a spec means, and its split; None if it means something else."""
+    name, _, split = spec.partition("@")[0].partition(":")
+    known = NAMED_SETS.get(name)
+    if known is None:
+        return None
+    if not split and len(known.splits) == 1:
+        (split,) = known.splits
+    if split not in known.splits:
+        choices = " or ".join(f"{name}:{s}" for s in known.splits)
+        raise InputError(f"{spec}: {name} has no split {split!r}, expected {choices}")
+    return known, split
+
+
 def _resolve(spec: str) -> tuple[str, Iterator[Row]]:
     """The name of the set that a spec means, and its rows."""
-    name, at, path = spec.partition("@")
-    name, _, split = name.partition(":")
-    if known := NAMED_SETS.get(name):
-        if not split and len(known.splits) == 1:
-            split = known.splits[0]
-        if split not in known.splits:
-            choices = " or ".join(f"{name}:{s}" for s in known.splits)
-            raise InputError(f"{spec}: {name} has no split {split!r}, expected {choices}")
+    if found := _named(spec):
+        known, split = found
+        name, at, path = spec.partition("@")
+        name = f"{name.partition(':')[0]}:{split}"
         if at:
-            return f"{name}:{split}", _local_rows(Path(path), split, known.configs)
-        hint = f"for a local copy write {name}:{split}@FILE.jsonl or {name}:{split}@FOLDER"
-        return f"{name}:{split}", hub_rows(known.name, known.configs, split, hint)
+            return name, _local_rows(Path(path), split, known.configs)
+        hint = f"for a local copy write {name}@FILE.jsonl or {name}@FOLDER"
+        return name, hub_rows(known.name, known.configs, split, hint)
     if Path(spec).is_file():
         return Path(spec).name.split(".")[0], _file_rows(Path(spec))
     path, _, split = spec.rpartition(":")
@@ -317,7 +378,7 @@ def _collect(set_name: str, rows: Iterable[Row]) -> tuple[list[Problem], list[st
     """The problems, and one line for each broken row."""
     problems: list[Problem] = []
     errors: list[str] = []
-    empty: list[str] = []
+    empty: list[Problem] = []
     places: dict[str, str] = {}
     for index, (place, row) in enumerate(rows):
         if isinstance(row, bytes) and not row.strip():
@@ -334,24 +395,38 @@ def _collect(set_name: str, rows: Iterable[Row]) -> tuple[list[Problem], list[st
         if problem.answer:
             problems.append(problem)
         else:
-            empty.append(problem.id)
-    if empty:
-        logger.warning(
-            "%s: left out %d problems with an empty box as gold answer: %s",
-            set_name,
-            len(empty),
-            ", ".join(empty),
-        )
+            empty.append(problem)
+    _warn_of("with an empty box as gold answer", empty)
     return problems, errors
 
 
 def _gold(value: Any, key: str) -> str:
-    if key != "solution":
+    if key not in WORKED_OUT:
         return gold_answer(value)
-    boxed = gold_from_solution(value) if isinstance(value, str) else None
-    if boxed is None:
-        raise InputError("'solution' holds no \\boxed answer")
-    return boxed
+    answer = _last_answer(value) if isinstance(value, str) else None
+    if answer is None:
+        raise InputError(
+            f"{key!r} holds no \\boxed answer, no line '#### ...' and no last line 'The answer is: ...'"
+        )
+    return answer
+
+
+def _last_answer(solution: str) -> str | None:
+    """What a worked solution ends in: MetaMathQA's last line `The answer is: 7`, the last box, or GSM8K's `#### 7`."""
+    last_line = solution.rstrip().rpartition("\n")[2]
+    _, marker, stated = last_line.rpartition("The answer is: ")
+    if marker and stated.strip() and gold_from_solution(stated) is None:
+        return stated.strip()
+    boxed = gold_from_solution(solution)
+    return gold_from_gsm8k(solution) if boxed is None else boxed
+
+
+def _warn_of(what: str, problems: Sequence[Problem]) -> None:
+    """Tell that these were left out, a few of them by name."""
+    if problems:
+        named = ", ".join(problem.id for problem in problems[:NUM_NAMED])
+        more = ", ..." if len(problems) > NUM_NAMED else ""
+        logger.warning("left out %d problems %s: %s%s", len(problems), what, named, more)
 
 
 def _joined_answer(solution: Any, answer: str) -> str | None:

@@ -10,7 +10,15 @@ from typing import Any
 import datasets
 import pytest
 
-from data.problems import MATH_SUBJECTS, assert_disjoint, drop_shared, load_problems, read_problem_file
+from data.problems import (
+    MATH_SUBJECTS,
+    assert_disjoint,
+    drop_repeated,
+    drop_shared,
+    load_problems,
+    num_problems,
+    read_problem_file,
+)
 from mtpo.errors import InputError
 from mtpo.trajectory import Problem
 
@@ -49,6 +57,11 @@ def write_rows(path: Path, *rows: Any) -> Path:
         ),
         ({"question": "q", "answer": 7}, "q", "7"),
         ({"question": "q", "final_answer": ["$1$", "$2$"]}, "q", "$1$, $2$"),
+        ({"query": "q", "response": "2 + 3 = 5.\n#### 5\nThe answer is: 5", "type": "GSM_SV"}, "q", "5"),
+        ({"query": "q", "response": "So $\\boxed{7}$ is y.\nThe answer is: \\frac12 "}, "q", "\\frac12"),
+        ({"query": "q", "response": "The answer is: not yet.\nIt is $\\boxed{7}$."}, "q", "7"),
+        ({"instruction": "i", "output": "The answer is: $\\boxed{\\{1\\}}$.", "source": "s"}, "i", "\\{1\\}"),
+        ({"question": "q", "solution": "2 + 3\n#### 1,005", "type": "gsm8k"}, "q", "1005"),
     ],
 )
 def test_a_row_is_recognised_by_its_fields(tmp_path: Path, row: Any, question: str, answer: str) -> None:
@@ -81,7 +94,7 @@ def test_the_rows_in_the_readme_are_all_read(tmp_path: Path) -> None:
     rows = readme.partition("```json\n")[2].partition("```")[0]
     (tmp_path / "readme.jsonl").write_text(rows)
     answers = [p.answer for p in load_problems(str(tmp_path / "readme.jsonl"))]
-    assert answers == ["2125", "\\frac34", "4", "4", "4", "4"]
+    assert answers == ["2125", "\\frac34", "5", "4", "4", "4", "4", "4"]
 
 
 def test_level_and_subject_are_kept_as_text(tmp_path: Path) -> None:
@@ -280,7 +293,7 @@ def test_loading_a_file_imports_no_datasets(tmp_path: Path) -> None:
 def test_the_real_sets_load_completely(spec: str, count: int) -> None:
     folder = SHARED / spec.split(":")[0]
     problems = load_problems(f"{spec}@{folder}")
-    assert len(problems) == len({p.id for p in problems}) == count
+    assert len(problems) == len({p.id for p in problems}) == num_problems(spec) == count
     if spec.startswith("gsm8k"):
         assert all(p.answer.lstrip("-").isdigit() for p in problems)
 
@@ -321,3 +334,39 @@ def test_math_shares_one_question_between_train_and_test() -> None:
     assert_disjoint(("math:train", drop_shared(train, test)), ("math:test", test))
     with pytest.raises(InputError, match="share 500 questions"):
         assert_disjoint(("math:test", test), ("math500", test500))
+
+
+def test_several_sets_follow_each_other_and_none_loses_its_ids(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", {"id": "7", "question": "a", "answer": "1"}, GSM8K_ROW)
+    two = write_rows(tmp_path / "two.jsonl", {"id": "7", "question": "b", "answer": "2"}, GSM8K_ROW)
+    spec = f"{one}, {two}"
+    ids = ["7", "one/1", f"{two}/7", "two/1"]
+    assert [p.id for p in load_problems(spec)] == ids
+    assert [p.id for p in load_problems(spec, 3)] == ids[:3]
+    assert (num_problems(spec), num_problems(spec, 3)) == (4, 3)
+    with pytest.raises(InputError, match=r"one\.jsonl: .* is a set named twice\?"):
+        load_problems(f"{one},{one},{one}")
+
+
+def test_a_question_that_is_asked_again_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    problems = [
+        Problem(f"p/{n}", question, "1") for n, question in enumerate(["A  cat?", "b", "a cat?", "b"])
+    ]
+    assert [p.id for p in drop_repeated(problems)] == ["p/0", "p/1"]
+    assert "left out 2 problems that ask what another one asks: p/2, p/3" in caplog.text
+
+
+def test_what_is_left_out_is_named_up_to_five(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"instruction": "i", "output": "No final answer."} for _ in range(7)]
+    path = write_rows(tmp_path / "set.jsonl", *rows, {"question": "q", "answer": "1"})
+    assert len(load_problems(str(path), strict=False)) == 1
+    assert [f"{path}, line {n}: " in record.message for n, record in enumerate(caplog.records, start=1)] == (
+        [True] * 5 + [False]
+    )
+    assert caplog.records[-1].message == f"{path}: left out 2 more broken rows"
+
+
+def test_named_sets_are_counted_without_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("loaded"))
+    assert num_problems("gsm8k:test,math:test") == 1319 + 5000
+    assert num_problems("math500", 20) == 20
