@@ -1,8 +1,9 @@
 """From a config dataclass to a command line, and from an error to one line.
 
 A recipe is a frozen dataclass with every knob, and a function that takes it. Values come from the
-dataclass's defaults, then from `--config FILE.yaml`, then from the flags, the last one winning. The field
-that the dataclass names in its class variable `FIRST`, if any, may come first, without its flag.
+dataclass's defaults, then from `--config FILE.yaml`, then from the flags, the last one winning. A file may
+begin with those of another one, `base: OTHER.yaml`, whose path is taken from its own folder. The field that
+the dataclass names in its class variable `FIRST`, if any, may come first, without its flag.
 """
 
 from __future__ import annotations
@@ -103,15 +104,7 @@ def build_parser(config_class: type[Config], name: str) -> argparse.ArgumentPars
 
 
 def _read_yaml(path: Path, options: Sequence[argparse.Action], name: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--config {path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: expected a mapping of options to values")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    values = _mapping(path, seen=())
     known = {option.dest: option for option in options}
     for key, value in values.items():
         if key not in known:
@@ -120,6 +113,26 @@ def _read_yaml(path: Path, options: Sequence[argparse.Action], name: str) -> dic
         if choices is not None and value not in choices:
             raise InputError(f"--config {path}: {key} is {value!r}, expected one of {list(choices)}")
     return values
+
+
+def _mapping(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The values in a file, over those of its base."""
+    chain = "".join(f"{before}: base " for before in seen)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {chain}{path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {chain}{path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {chain}{path}: expected a mapping of options to values")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or path.parent / base in (*seen, path):
+        raise InputError(f"--config {chain}{path}: base is {base!r}, expected another file of options")
+    return _mapping(path.parent / base, (*seen, path)) | values
 
 
 def _fail(message: str) -> int:

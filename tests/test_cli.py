@@ -72,6 +72,33 @@ def test_bad_value_is_one_line(capsys) -> None:
     assert capsys.readouterr().err == "error: --samples must be at least 1, got 0\n"
 
 
+def test_a_config_file_begins_with_the_values_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "all.yaml").write_text("samples: 3\nmethod: kto\nlimit: 7\n")
+    (tmp_path / "shared" / "model.yaml").write_text("base: all.yaml\nout: model\nlimit: 8\n")
+    file = tmp_path / "run.yaml"
+    file.write_text("base: shared/model.yaml\nsamples: 4\n")
+    assert parse("--config", str(file)) == Config("model", 4, "kto", limit=8)
+    assert parse("--config", str(file), "--limit", "9") == Config("model", 4, "kto", limit=9)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("none.yaml", "{0}/c.yaml: base {0}/none.yaml: no such file"),
+        ("c.yaml", "{0}/c.yaml: base is 'c.yaml', expected another file of options"),
+        ("d.yaml", "{0}/c.yaml: base {0}/d.yaml: base is 'c.yaml', expected another file"),
+        ("3", "{0}/c.yaml: base is 3, expected another file"),
+    ],
+)
+def test_a_bad_base_is_one_line_that_names_the_files(tmp_path: Path, capsys, base: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "d.yaml").write_text("base: c.yaml\n")
+    assert run("--out", "o", "--config", str(tmp_path / "c.yaml")) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message.format(tmp_path) in error
+
+
 def test_missing_config_file_is_named(capsys) -> None:
     assert run("--out", "o", "--config", "absent.yaml") == 1
     assert "absent.yaml: no such file" in capsys.readouterr().err
