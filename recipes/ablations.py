@@ -143,6 +143,11 @@ class Job:
         name = "".join(c if c.isalnum() else "_" for c in self.arm)
         return self.out / f"seed_{self.seed}" / name / f"lr_{self.learning_rate:g}"
 
+    @property
+    def run_options(self) -> Mapping[str, Any]:
+        """With the cache that all arms share: most of their code is the same."""
+        return {"execution_cache": str(self.out / "executions.sqlite"), **self.options}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_recipe(Config, compare_arms, "recipes.ablations", argv)
@@ -301,7 +306,7 @@ def train_arm(job: Job) -> float:
         if is_online(job.options):
             _train_online(job, selected)
         else:
-            options = loop_options(job.options, job.learning_rate, job.seed)
+            options = loop_options(job.run_options, job.learning_rate, job.seed)
             run_loop(job.folder, _start(job), _sets(job, options), options, name="SFT")
     found = read_json(selected)
     return found["dev"][found["checkpoint"]]
@@ -353,7 +358,7 @@ def _train_online(job: Job, selected: Path) -> None:
         "problems": str(prompts),
         "out": str(job.folder / "train"),
     }
-    train_online_policy(online_config(job.options, job.learning_rate, job.seed, **places))
+    train_online_policy(online_config(job.run_options, job.learning_rate, job.seed, **places))
     dev = {}
     for model in sorted(path for path in (job.folder / "train").iterdir() if holds_model(path)):
         dev[model.name] = fmean(
@@ -395,7 +400,7 @@ def _answers(job: Job, folder: Path, model: str) -> dict[str, bool]:
 def _graded(job: Job, folder: Path, model: str, wanted: Sequence[Problem]) -> dict[str, bool]:
     """Whether the model's greedy answers are right."""
     names = {option.name for option in fields(SamplingOptions)}
-    shared = {name: value for name, value in job.options.items() if name in names}
+    shared = {name: value for name, value in job.run_options.items() if name in names}
     options = SamplingOptions(**shared | {"temperature": 0.0, "samples": 1})
     sampler = Sampler.load(model, options, "float32")
     _, graded = evaluate_into(

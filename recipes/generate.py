@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from data.trajectories import Journal, summarize
 from mtpo.branching import Branching, BranchingTree
 from mtpo.cli import run_recipe
 from mtpo.cluster import connect
+from mtpo.environment import Interpreter
 from mtpo.errors import InputError
 from mtpo.grader import grade
 from mtpo.rollout import Decoding, RolloutLimits, rollout
@@ -36,6 +37,7 @@ from mtpo.runs import RunFolder
 from mtpo.trajectory import Problem, Trajectory
 from recipes.engines import EngineOptions, Sampler
 from sandbox import TOKEN_VARIABLE, InterpreterPool, Limits, RemoteInterpreter
+from sandbox.cache import CachingInterpreter, ExecutionCache
 from sandbox.cluster import ClusterInterpreter
 from sandbox.layers import Policy
 
@@ -75,6 +77,12 @@ class SamplingOptions(EngineOptions):
         default=None,
         metadata={
             "help": f"use `python -m sandbox serve` there, with its limits; its token is ${TOKEN_VARIABLE}"
+        },
+    )
+    execution_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "file, shared by any number of runs, that remembers what code did: it then runs once in each state"
         },
     )
     max_in_flight: int = field(default=64, metadata={"help": "trajectories under way at once"})
@@ -169,7 +177,7 @@ class Config(SamplingOptions):
 SPEED_ONLY = frozenset(
     {
         *("kernels", "max_in_flight", "preload", "isolation", "sandbox_url", "engine", "engine_args", "urls"),
-        *("ray", "ray_engines", "ray_gpus", "ray_pools"),
+        *("ray", "ray_engines", "ray_gpus", "ray_pools", "execution_cache"),
     }
 )
 """Options that change no trajectory, so that a run may be resumed with others."""
@@ -290,12 +298,24 @@ def _is_correct(trajectory: Trajectory, golds: Mapping[str, str]) -> bool:
     return grade(response, golds[trajectory.problem_id]).verdict == "correct"
 
 
-def open_interpreter(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter | ClusterInterpreter:
-    """What runs the code: the sandbox of this machine, those of a Ray cluster, or a service.
+@contextlib.asynccontextmanager
+async def open_interpreter(options: SamplingOptions) -> AsyncIterator[Interpreter]:
+    """What runs the code: the sandbox of this machine, those of a Ray cluster, or a service; with its cache, if any.
 
     Raises:
-        InputError: the service's token is not in the environment.
+        InputError: the service's token is not in the environment, or the cache is no such file.
     """
+    async with _sandbox(options) as interpreter:
+        if options.execution_cache is None:
+            yield interpreter
+            return
+        with contextlib.closing(
+            ExecutionCache(options.execution_cache, scope=f"{options.memory_mb} MiB")
+        ) as cache:
+            yield CachingInterpreter(interpreter, cache)
+
+
+def _sandbox(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter | ClusterInterpreter:
     if options.sandbox_url is None:
         make = partial(
             InterpreterPool,

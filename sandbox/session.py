@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
+from mtpo.environment import InterpreterSession
 from mtpo.errors import InputError, SandboxError
 from mtpo.trajectory import Execution
 from sandbox.client import CellResult, CopyError, Kernel
@@ -46,7 +48,7 @@ class Session:
         self._cells: list[tuple[Execution, float]] = []
         """What made the kernel's state: each cell with its time limit."""
 
-    async def __aenter__(self) -> Session:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -124,14 +126,11 @@ class Session:
             await self._running_kernel(original=kernel)
             self._cells = list(cells)
         except CopyError as error:
-            for number, (cell, timeout_s) in enumerate(cells, start=1):
-                if cell.status != "timeout":
-                    again = await self.execute(cell.code, timeout_s * REPLAY_PATIENCE)
-                    if (again.status, again.text) == (cell.status, cell.text):
-                        continue
+            try:
+                await run_again(self, cells)
+            except SandboxError as failure:
                 raise SandboxError(
-                    f"the session's state cannot be copied ({error}), nor made again because cell {number} "
-                    "is not deterministic"
+                    f"the session's state cannot be copied ({error}), nor made again: {failure}"
                 ) from error
 
     async def _running_kernel(self, original: Kernel | None = None) -> Kernel:
@@ -165,6 +164,20 @@ class Session:
         if kernel is not None:
             kernel.kill()
             self._ending = self._pool.in_background(kernel.shutdown())
+
+
+async def run_again(session: InterpreterSession, cells: Sequence[tuple[Execution, float]]) -> None:
+    """Bring a new session to the state that cells, with their time limits, have left elsewhere.
+
+    Raises:
+        SandboxError: a cell does something else this time, or could not be run.
+    """
+    for number, (cell, timeout_s) in enumerate(cells, start=1):
+        if cell.status != "timeout":
+            again = await session.execute(cell.code, timeout_s * REPLAY_PATIENCE)
+            if (again.status, again.text) == (cell.status, cell.text):
+                continue
+        raise SandboxError(f"cell {number} is not deterministic")
 
 
 def _as_execution(code: str, result: CellResult, timeout_s: float, loss: Loss) -> Execution:
