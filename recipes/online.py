@@ -4,9 +4,10 @@
         --learning_rate 4e-7 --out runs/nash
 
 Each round samples the prompts of the next --sync_steps steps with the method's samplers, has the judge compare, and
-learns. OUT/rounds/ has every trajectory and preference, OUT/metrics.jsonl one line a step, OUT/model the policy. After
-a crash, or when the judge could not be asked and the run was paused, the same command with --resume goes on. Under
-torchrun or accelerate (DDP) every process samples its own share of the prompts.
+learns. OUT/rounds/ has every trajectory and preference, OUT/metrics.jsonl one line a step, OUT/model the policy;
+OUT/eval.jsonl a line for each look at --eval_problems, and OUT/looks/ what was played there. After a crash,
+or when the judge could not be asked and the run was paused, the same command with --resume goes on. Under torchrun or
+accelerate (DDP) every process samples its own share of the prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mtpo.models import load_model, load_tokenizer
 from mtpo.runs import RunFolder
 from mtpo.training.online import train_online
 from mtpo.training.online_settings import OnlineSettings
-from mtpo.training.rounds import Storage, Table
+from mtpo.training.table import Storage, Table
 from mtpo.vocabularies import require_one_vocabulary
 from recipes.engines import EngineOptions
 from recipes.generate import OF_THE_OWN_SANDBOX, SamplingOptions, default_of, open_interpreter
@@ -44,6 +45,7 @@ UNUSED = ("samples", "branch_turn", "branch_width")
 MAY_CHANGE = SPEED_ONLY | {
     *OF_THE_OWN_SANDBOX,
     "sandbox_url",
+    "execution_cache",
     "max_in_flight",
     "judge_urls",
     "max_skipped_steps",
@@ -74,6 +76,13 @@ class Config(SamplingOptions, OnlineSettings):
         metadata={"help": "with --judge llm: file of its prompt, with {question}, {first} and {second}"},
     )
     limit: int | None = field(default=None, metadata={"help": "first problems only"})
+    eval_problems: str | None = field(
+        default=None,
+        metadata={
+            "help": "held-out prompts, as --problems: how the policy does there against its reference and the policy "
+            "of the look before goes to OUT/eval.jsonl"
+        },
+    )
     reference: str | None = field(
         default=None, metadata={"help": "reference policy; by default --model as it starts"}
     )
@@ -104,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_policy(config: Config) -> str:
     problems = load_problems(config.problems, config.limit, strict=False)
+    held_out = () if config.eval_problems is None else load_problems(config.eval_problems, strict=False)
     tokenizer = load_tokenizer(config.model)
     load = partial(load_model, dtype=config.weights_dtype, attention=config.attention)
     model, reference = load(config.model), None
@@ -128,6 +138,7 @@ def train_policy(config: Config) -> str:
         table,
         Storage(Journal, read_trajectories),
         folder.path,
+        eval_problems=held_out,
         reference_model=reference,
         tokenizer=tokenizer,
         resume=config.resume,

@@ -20,7 +20,7 @@ from mtpo.environment import Reply
 from mtpo.tabular import TreeGame
 from mtpo.training.online import train_online
 from mtpo.training.online_settings import OnlineSettings
-from mtpo.training.rounds import Storage, Table
+from mtpo.training.table import Storage, Table
 from mtpo.trajectory import Problem, Segment, StopReason, Trajectory
 
 PROMPT, OBSERVED, FIRST_ACTION = 1, 2, 3

@@ -23,7 +23,7 @@ from mtpo.runs import read_json
 from mtpo.students import ScriptedStudents
 from mtpo.training.online import train_online
 from mtpo.training.online_settings import OnlineSettings
-from mtpo.training.rounds import Storage, Table
+from mtpo.training.table import Storage, Table
 from mtpo.trajectory import Trajectory
 from recipes import dialogue, show
 from recipes.train import read_data

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mtpo.training.methods import Scores
+from mtpo.training.metrics import advantage_std
 from mtpo.training.online_methods import ONLINE_METHODS, moments, turns_of
 from mtpo.training.turns import turn_ids, turn_starts
 
@@ -163,3 +164,18 @@ def test_an_explicit_kl_leaves_the_reward_of_its_own_turn_alone() -> None:
     out = ONLINE_METHODS["mtpo"].loss(scores, options | {"normalize_advantage": True})
     policy = -(1.0 * -1.0 + -1.0 * -2.0) / 2
     assert out.loss.item() == pytest.approx(policy + value + 0.5 / 0.1 * (0.3 + 0.1) / 2, rel=1e-6)
+
+
+def test_the_weights_of_nash_mds_tokens_are_reported_with_their_spread() -> None:
+    """P = 1, tau = 0.5, log-ratios 0.2 and -0.4: 1 - 1/2 - 0.5 (0.2 - 0.4) = 0.6 and 1 - 1/2 - 0.5 (-0.4) = 0.7."""
+    logps, mask = torch.tensor([[0.0, -1.0, -2.0]], dtype=torch.float64), torch.tensor([[0, 1, 1]])
+    scores = Scores(
+        logps=logps,
+        mask=mask,
+        sums=logps.sum(-1),
+        ref_logps=torch.tensor([[0.0, -1.2, -1.6]], dtype=torch.float64),
+        rewards=torch.tensor([1.0], dtype=torch.float64),
+    )
+    found = ONLINE_METHODS["nash_md"].loss(scores, {"tau": 0.5}).metrics
+    assert (found["num/token"], found["weight/token"]) == (2, pytest.approx(0.65))
+    assert advantage_std(found) == {"weight_std/token": pytest.approx(0.05)}

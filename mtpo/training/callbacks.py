@@ -10,6 +10,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+LOOK = "eval_"
+"""How the names of figures begin that come of a look at what is held out."""
+
 
 class MetricsFile(TrainerCallback):
     """Appends one object a step to a JSONL file, and one for each look at held-out rows to eval.jsonl beside it.
@@ -18,15 +21,16 @@ class MetricsFile(TrainerCallback):
     """
 
     def __init__(self, path: Path) -> None:
-        self.files = {"loss": path, "eval_loss": path.with_name("eval.jsonl")}
+        self.steps, self.looks = path, path.with_name("eval.jsonl")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for path in self.files.values():
+        last = state.global_step or -1  # a run from the start takes its look before the first step again
+        for path in (self.steps, self.looks):
             if state.is_world_process_zero and path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines()
-                kept = [f"{line}\n" for line in lines if _step(line) <= state.global_step]
+                kept = [f"{line}\n" for line in lines if _step(line) <= last]
                 path.write_text("".join(kept), encoding="utf-8")
 
     def on_log(
@@ -37,10 +41,10 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for key, path in self.files.items():
-            if state.is_world_process_zero and logs and key in logs:
+        for begin, path in (("loss", self.steps), (LOOK, self.looks)):
+            if state.is_world_process_zero and any(name.startswith(begin) for name in logs or ()):
                 with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                    file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
 
 class ProgressBar(TrainerCallback):
@@ -103,13 +107,16 @@ class HeldOut(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        is_due = self.every is not None and state.global_step % self.every == 0
-        control.should_evaluate = is_due or state.global_step == state.max_steps
+        control.should_evaluate = self.is_due(state)
+
+    def is_due(self, state: TrainerState) -> bool:
+        step = state.global_step
+        return step in (0, state.max_steps) or (self.every is not None and step % self.every == 0)
 
 
 def _step(line: str) -> float:
-    """The step of a line; 0 for another kind of record, infinity for a line torn by a crash."""
+    """The step of a line; -1 for another kind of record, infinity for a line torn by a crash."""
     try:
-        return json.loads(line).get("step", 0)
+        return json.loads(line).get("step", -1)
     except ValueError:
         return float("inf")

@@ -77,10 +77,13 @@ def explained_variance(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def advantage_std(values: Mapping[str, float]) -> dict[str, float]:
-    """Of the turns of a whole step, from the means of the advantages and of their squares, where there are any."""
-    if "advantage" not in values:
-        return {}
-    return {"advantage_std": max(0.0, values["advantage_square"] - values["advantage"] ** 2) ** 0.5}
+    """Of the turns, or of tokens the weights, of a whole step, from the means of them and of their squares."""
+    found: dict[str, float] = {}
+    for kind, of in (("advantage", ""), ("weight", "/token")):
+        if f"{kind}{of}" in values:
+            variance = values[f"{kind}_square{of}"] - values[f"{kind}{of}"] ** 2
+            found[f"{kind}_std{of}"] = max(0.0, variance) ** 0.5
+    return found
 
 
 class CollapseMonitor:

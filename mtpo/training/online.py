@@ -7,6 +7,8 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from mtpo.samplers import PolicySamplers
 from mtpo.training.adapters import check_merge
 from mtpo.training.callbacks import ProgressBar
 from mtpo.training.card import RunFacts
+from mtpo.training.looks import Looks
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.online_trainer import OnlineTrainer
 from mtpo.training.precision import keep_trained_weights_in_float32
-from mtpo.training.rounds import Rounds, Storage, Table
+from mtpo.training.rounds import Rounds
 from mtpo.training.run import (
     TrainResult,
     checkpoints_of,
@@ -37,6 +40,7 @@ from mtpo.training.run import (
     training_order,
 )
 from mtpo.training.sharding import asked_for
+from mtpo.training.table import OpenTable, Storage, Table
 from mtpo.training.value import ValueNetwork, ValueTraining
 from mtpo.trajectory import Problem
 
@@ -55,6 +59,7 @@ def train_online(
     storage: Storage,
     out: str | Path,
     *,
+    eval_problems: Sequence[Problem] = (),
     reference_model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
@@ -63,6 +68,7 @@ def train_online(
     """Train `model` in place on trajectories of its own and its opponents', and write it to `out`.
 
     out/rounds         every trajectory and judgement: see `mtpo.training.rounds`
+    out/looks, out/eval.jsonl   those on held-out prompts, and one object for each look: see `mtpo.training.looks`
     out/model, out/checkpoint-N, out/metrics.jsonl   as of `mtpo.training.train`
 
     A run that was killed goes on from its last checkpoint; rounds that were played since are not played again, so
@@ -71,13 +77,15 @@ def train_online(
     Args:
         model: the policy to start from, also when resuming.
         problems: the prompts; each is drawn `epochs` times. Those that do not fill a last step are left out.
+        eval_problems: held-out prompts, played once by the policy and compared with the reference and with the policy
+            of the look before: before the first step, every `eval_steps` and after the last.
         reference_model: `model` as it is now, if None. It stays in memory, unless an adapter is trained without
             whose the policy is the reference.
 
     Raises:
         InputError: too few problems for a step, a batch that does not divide over the devices, a sharded model or one
-            that cannot be mixed with its reference, a judge that the method cannot use, or `out` holds checkpoints
-            and `resume` is not set.
+            that cannot be mixed with its reference, a judge that the method cannot use, `eval_steps` without
+            `eval_problems`, or `out` holds checkpoints and `resume` is not set.
         GuardError: too many steps were skipped, or engine and trainer do not agree on log-probs.
         Paused: the judge cannot be asked. A checkpoint was written; resuming loses nothing.
     """
@@ -86,6 +94,8 @@ def train_online(
         raise InputError(
             f"online methods sample from whole weights, which {asked_for()} cuts up: launch with DDP"
         )
+    if settings.eval_steps is not None and not eval_problems:
+        raise InputError("eval_steps has no effect without held-out problems")
     require_exact_attention(model)
     checkpoint = last_checkpoint(out)
     if checkpoint is not None and not resume:
@@ -115,10 +125,17 @@ def train_online(
         reference,
         # Rounds are sampled at their start, so that one copy of the policy will do; an average moves every step.
         push_every=settings.sync_steps if "average" in settings.recipe.players else 1,
-        max_rows=table.max_in_flight + table.max_in_flight // 2,
+        max_rows=table.max_rows,
     )
     callbacks = run_callbacks(out, num_steps, settings, progress)
-    with Rounds(prompts, settings, samplers, table, out / "rounds", storage) as rounds:
+    with (
+        OpenTable(table, storage) as opened,
+        closing(Rounds(prompts, settings, samplers, opened, out / "rounds")) as rounds,
+    ):
+        looks = None
+        if eval_problems:
+            now = partial(PolicySamplers, policy, reference, max_rows=table.max_rows)
+            looks = Looks(eval_problems, settings.eval_steps, settings.seed, now, opened, out / "looks")
         trainer = OnlineTrainer(
             policy,
             rounds,
@@ -131,6 +148,7 @@ def train_online(
             max_length=min(settings.max_length or sys.maxsize, _context(model)),
             starts_at_reference=starts_at_reference,
             value=value,
+            looks=looks,
         )
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise InputError(

@@ -59,7 +59,11 @@ def nash_md(scores: Scores, options: Options) -> LossOut:
     weight = scores.rewards[:, None] - 0.5 - penalty
     out = policy_gradient_loss(scores.logps.double(), scores.mask, weight, len(weight))
     of_tokens = weight[scores.mask.bool()]
-    metrics = {"num/token": float(len(of_tokens)), "weight/token": of_tokens.mean().item()}
+    metrics = {
+        "num/token": float(len(of_tokens)),
+        "weight/token": of_tokens.mean().item(),
+        "weight_square/token": of_tokens.square().mean().item(),
+    }
     return LossOut(out.loss, out.per_example, metrics)
 
 

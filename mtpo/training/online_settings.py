@@ -62,6 +62,12 @@ class OnlineSettings(TrainingSettings):
             "the vocabulary in the loss"
         },
     )
+    eval_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "steps between two looks at the held-out prompts; by default one before and one after training"
+        },
+    )
     value_warmup_steps: int = field(
         default=0, metadata={"help": "first steps in which only the value network learns"}
     )

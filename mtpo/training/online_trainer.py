@@ -21,18 +21,21 @@ from transformers import (
     TrainingArguments,
 )
 
-from mtpo.batches import Row, masked_rows
+from mtpo.batches import Row, SingleCollator, masked_rows
 from mtpo.divergences import KL_FROM_POLICY, Comparison
 from mtpo.errors import GuardError
 from mtpo.logprobs import action_logps
 from mtpo.losses import LossOut
 from mtpo.samplers import CURRENT, PolicySamplers
 from mtpo.scoring import batch_logps
+from mtpo.training.callbacks import LOOK, HeldOut
 from mtpo.training.guards import engine_gap
+from mtpo.training.looks import Looks
 from mtpo.training.methods import Scores
+from mtpo.training.metrics import StepMetrics
 from mtpo.training.online_methods import moments, turns_of
 from mtpo.training.online_settings import OnlineSettings
-from mtpo.training.plays import Play, play_metrics, rows_of
+from mtpo.training.plays import Play, play_metrics, rows_of, single_row
 from mtpo.training.rounds import Rounds
 from mtpo.training.trainer import Batch, NotFinite, TrajectoryTrainer
 from mtpo.training.turns import turn_ids, turn_starts
@@ -68,12 +71,13 @@ class OnlineTrainer(TrajectoryTrainer):
         max_length: int,
         starts_at_reference: bool,
         value: ValueTraining | None = None,
+        looks: Looks | None = None,
     ) -> None:
         """
         Args:
             reference: the policy without its adapter, if None.
         """
-        self.rounds, self.samplers, self.reference = rounds, samplers, reference
+        self.rounds, self.samplers, self.reference, self.looks = rounds, samplers, reference, looks
         self.max_length = max_length
         self.is_broken = False
         self.num_skipped = 0
@@ -85,7 +89,7 @@ class OnlineTrainer(TrajectoryTrainer):
             settings,
             args,
             tokenizer,
-            [_Step(self), *callbacks],
+            [_Step(self), *callbacks, *([] if looks is None else [_Looking(self, looks.every)])],
             starts_at_reference=starts_at_reference,
             value=value,
             comparison=Comparison(reference, KL_FROM_POLICY) if is_explicit else None,
@@ -134,9 +138,9 @@ class OnlineTrainer(TrajectoryTrainer):
     def _reference_logps(self, batch: Batch) -> Tensor:
         if self.reference is not None:
             return batch_logps(self.reference, batch)
-        policy: Any = self.accelerator.unwrap_model(self.model)
+        policy: Any = self.model
         with policy.disable_adapter():
-            return batch_logps(self.model_wrapped, batch)  # pyright: ignore[reportArgumentType]
+            return batch_logps(policy, batch)
 
     def _check_engine(self, plays: Sequence[Play]) -> None:
         """Before the first step the policy's engine and the trainer have the same weights, and must agree."""
@@ -214,13 +218,7 @@ class OnlineTrainer(TrajectoryTrainer):
     def _record(self, scores: Scores, out: LossOut, batch: Batch) -> None:
         """Adds the KL to the reference by k1, or, of trajectories that others sampled, the log-ratio."""
         name = "kl" if self.settings.samplers[0] == CURRENT else "logratio"
-        num_tokens = float(scores.num_tokens.sum())
-        figures = {
-            "num/trajectory": float(len(scores.mask)),
-            f"{name}/trajectory": scores.rho.mean().item(),
-            "num/token": num_tokens,
-            f"{name}/token": scores.rho.sum().item() / num_tokens,
-        }
+        figures = log_ratio_metrics(name, scores.rho, float(scores.num_tokens.sum()))
         super()._record(scores, LossOut(out.loss, out.per_example, out.metrics | figures), batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -230,6 +228,26 @@ class OnlineTrainer(TrajectoryTrainer):
             logs = logs | {"sync_steps": self.settings.sync_steps, "staleness": staleness}
             logs["skipped_steps"] = self.num_skipped
         super().log(logs, start_time)
+
+    # -- looks at held-out prompts -----------------------------------------------------------------------------
+
+    def _look(self) -> dict[str, float]:
+        """Preferences against the reference and the policy of the look before, KL to the reference and entropy."""
+        assert self.looks is not None
+        look, found = self.looks.at(self.state.global_step), StepMetrics()
+        found.add(look.metrics, weight=len(look.own))
+        rows = [single_row(t) for t in look.own if t.actions and len(t.input_ids) <= self.max_length]
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(rows), size):
+            batch: Any = self._prepare_inputs(SingleCollator(0)(rows[start : start + size]))
+            policy: Any = self.model  # bare: other processes may have fewer batches
+            with self.compute_loss_context_manager():
+                logps = batch_logps(policy, batch, watch=self._note_entropy)
+                log_ratios = (logps.double() - self._reference_logps(batch)) * batch["completion_mask"]
+            num_tokens = float(batch["completion_mask"].sum())
+            figures = log_ratio_metrics("kl", log_ratios.sum(-1), num_tokens)
+            found.add(figures | {"entropy": self.entropy or 0.0}, weight=len(log_ratios))
+        return found.take()
 
     # -- steps and checkpoints ---------------------------------------------------------------------------------
 
@@ -284,6 +302,33 @@ class _Step(TrainerCallback):
             "average" in settings.recipe.players or step % settings.sync_steps == 0
         ):
             self.trainer.samplers.update(step)
+
+
+class _Looking(HeldOut):
+    """Also looks before the first step, and makes up for a look at which a run was paused."""
+
+    def __init__(self, trainer: OnlineTrainer, every: int | None) -> None:
+        super().__init__(every)
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        looked = {
+            entry["step"] for entry in state.log_history if any(name.startswith(LOOK) for name in entry)
+        }
+        if self.is_due(state) and state.global_step not in looked:
+            self.trainer.evaluate()
+
+
+def log_ratio_metrics(name: str, rho: Tensor, num_tokens: float) -> dict[str, float]:
+    """Means of log-ratios, (N,), a trajectory and an action token."""
+    return {
+        "num/trajectory": float(len(rho)),
+        f"{name}/trajectory": rho.mean().item(),
+        "num/token": num_tokens,
+        f"{name}/token": rho.sum().item() / num_tokens,
+    }
 
 
 def _are_finite(model: nn.Module) -> bool:

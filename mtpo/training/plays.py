@@ -49,37 +49,50 @@ def rows_of(play: Play, recipe: OnlineMethod) -> list[Row]:
             row[f"{side}_input_ids"] = trajectory.input_ids
             row[f"{side}_completion_mask"] = trajectory.completion_mask
         return [row]
-    rows = [_single(play.first) | {"reward": play.preference}]
+    rows = [single_row(play.first) | {"reward": play.preference}]
     if recipe.rows == "label":
-        return [_single(play.first) | {"label": play.preference >= 0.5}]
+        return [single_row(play.first) | {"label": play.preference >= 0.5}]
     if recipe.trains_both and play.second is not None:
-        rows.append(_single(play.second) | {"reward": 1 - play.preference})
+        rows.append(single_row(play.second) | {"reward": 1 - play.preference})
     return rows
 
 
 def play_metrics(plays: Sequence[Play], usable: Sequence[Play]) -> dict[str, float]:
     """Of the plays of one step: shares and means; how many were played, and how many of them make no row."""
-    judged = [play for play in plays if play.preference is not None]
-    metrics = {
+    metrics = judgement_metrics(plays, "judged") | {
         "num/played": float(len(plays)),
         "num/dropped": float(len(plays) - len(usable)),
-        "num/judged": float(len(judged)),
-        "num/unjudged": float(len(plays) - len(judged)),
+        "num/unjudged": float(sum(play.preference is None for play in plays)),
     }
-    if judged:
-        metrics["preference/judged"] = sum(p.preference for p in judged if p.preference is not None) / len(
-            judged
-        )
-        metrics["ties/judged"] = sum(p.is_tie for p in judged) / len(judged)
-    for side, name in zip(range(len(plays[0].sides) if plays else 0), ("first", "second"), strict=False):
-        played = [play.sides[side] for play in plays]
-        metrics[f"{name}_length/played"] = sum(t.num_action_tokens for t in played) / len(played)
-        metrics[f"{name}_turns/played"] = sum(t.num_turns for t in played) / len(played)
-        metrics[f"{name}_truncated/played"] = sum(t.stop_reason.is_truncated for t in played) / len(played)
+    for side, name in zip(range(len(plays[0].sides) if plays else 0), ("first_", "second_"), strict=False):
+        metrics |= trajectory_metrics([play.sides[side] for play in plays], name)
     return metrics
 
 
-def _single(trajectory: Trajectory) -> Row:
+def judgement_metrics(plays: Sequence[Play], among: str) -> dict[str, float]:
+    """num/AMONG plays have a judgement; the mean of P, and the share of ties, over these."""
+    preferences = [play.preference for play in plays if play.preference is not None]
+    metrics = {f"num/{among}": float(len(preferences))}
+    if preferences:
+        metrics[f"preference/{among}"] = sum(preferences) / len(preferences)
+        ties = sum(play.is_tie for play in plays if play.preference is not None)
+        metrics[f"ties/{among}"] = ties / len(preferences)
+    return metrics
+
+
+def trajectory_metrics(trajectories: Sequence[Trajectory], whose: str = "") -> dict[str, float]:
+    """Means over what one sampler played: action tokens, turns, and the share that a limit cut short."""
+    if not trajectories:
+        return {}
+    of_each = {
+        "length": [t.num_action_tokens for t in trajectories],
+        "turns": [t.num_turns for t in trajectories],
+        "truncated": [t.stop_reason.is_truncated for t in trajectories],
+    }
+    return {f"{whose}{name}/played": sum(values) / len(values) for name, values in of_each.items()}
+
+
+def single_row(trajectory: Trajectory) -> Row:
     return {
         "problem_id": trajectory.problem_id,
         "sample": trajectory.sample,

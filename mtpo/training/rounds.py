@@ -1,4 +1,4 @@
-"""Rounds of online training: sample the prompts of the next steps, judge, and turn what comes of it into rows.
+"""Rounds of online training: sample the prompts of the next steps, judge, and turn what comes of it into plays.
 
 ROUNDS/00012/0-of-1/trajectories/   the journal of one process: what is in it is not sampled again
 ROUNDS/00012/0-of-1/round.json      preferences and figures, written when the round is complete
@@ -6,79 +6,31 @@ ROUNDS/00012/0-of-1/round.json      preferences and figures, written when the ro
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
-from mtpo.chat import ChatFormat
-from mtpo.environment import Environment, Interpreter
-from mtpo.errors import EnvironmentFault, InputError
-from mtpo.judges import Judge, LLMJudge
-from mtpo.rollout import Decoding, RolloutLimits, rollout, turn_seed
+from mtpo.errors import InputError
+from mtpo.rollout import turn_seed
 from mtpo.runs import read_json, write_json
 from mtpo.samplers import PolicySamplers, Sampler
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.plays import Play
+from mtpo.training.table import OpenTable, Rewards, together
 from mtpo.trajectory import Problem, Trajectory
 
 log = logging.getLogger(__name__)
 
 Pairs = list[tuple[Trajectory, Trajectory | None]]
 
-MAX_JUDGEMENTS = 64
-"""Judgements under way at once."""
-
-
-class Journal(Protocol):
-    """Where finished trajectories are safe: `data.trajectories.Journal`."""
-
-    def append(self, trajectory: Trajectory) -> None: ...
-
-    def done(self) -> Container[tuple[str, int]]: ...
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a folder is opened for writing trajectories, and how they are read from it."""
-
-    open: Callable[[Path], AbstractContextManager[Journal]]
-    read: Callable[[Path], Iterable[Trajectory]]
-
-
-@runtime_checkable
-class Rewards(Protocol):
-    """A judge of single trajectories."""
-
-    async def reward(self, trajectory: Trajectory, problem: Problem) -> float | None: ...
-
-
-@dataclass(frozen=True)
-class Table:
-    """Where trajectories come about: all that sampling needs beside the policies."""
-
-    chat: ChatFormat
-    environment: Callable[[], AbstractAsyncContextManager[Environment | Interpreter]]
-    """Opened once, for the whole run."""
-    judge: Judge
-    decoding: Decoding = field(default_factory=Decoding)
-    limits: RolloutLimits = field(default_factory=RolloutLimits)
-    system: str | None = None
-    max_in_flight: int = 64
-
 
 class Rounds:
     """Plays all prompts of a run, round by round, and no prompt twice that was played already.
 
-    A context manager: the environment is open inside. Every process plays its own share of every step's prompts.
+    Every process plays its own share of every step's prompts.
 
     Args:
         prompts: a problem for every prompt of the run, in order; a whole number of steps.
@@ -93,9 +45,8 @@ class Rounds:
         prompts: Sequence[Problem],
         settings: OnlineSettings,
         samplers: PolicySamplers,
-        table: Table,
+        table: OpenTable,
         folder: Path,
-        storage: Storage,
     ) -> None:
         if len(settings.samplers) == 1 and not isinstance(table.judge, Rewards):
             raise InputError(
@@ -103,29 +54,17 @@ class Rounds:
             )
         self.num_prompts = len(prompts)
         self._prompts, self._settings, self._table = prompts, settings, table
-        self._policies, self._folder, self._storage = samplers, folder, storage
-        self._engines = {sampler: samplers.engine(sampler) for sampler in settings.samplers}
+        self._policies, self._folder = samplers, folder
+        for sampler in settings.samplers:
+            samplers.engine(sampler)  # averages begin now
         self._number = -1
         self._plays: list[list[Play]] = []
         self.metrics: dict[str, float] = {}
         """Of the samplers, in the round that was last played."""
 
-    def __enter__(self) -> Rounds:
-        self._runner, self._open = asyncio.Runner(), AsyncExitStack()
-        self._environment = self._runner.run(self._open.enter_async_context(self._table.environment()))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self._runner.run(self._close())
-        finally:
-            self._runner.close()
-
-    async def _close(self) -> None:
-        await self._open.aclose()
-        await self._policies.aclose()
-        if isinstance(self._table.judge, LLMJudge):
-            await self._table.judge.aclose()
+    def close(self) -> None:
+        """Stop the samplers' engines."""
+        self._table.run(self._policies.aclose())
 
     def plays_of(self, step: int) -> list[Play]:
         """What came of this process's prompts of a step; played now if their round was not.
@@ -135,7 +74,7 @@ class Rounds:
         """
         number, place = divmod(step, self._settings.sync_steps)
         if number != self._number:
-            with _together():
+            with together():
                 self._plays = self._play(number)
             self._number = number
         return self._plays[place]
@@ -151,7 +90,7 @@ class Rounds:
         prompts = [problem for step in mine for problem in step]
         if not (folder / "round.json").exists():
             log.info("round %d: %d prompts", number, len(prompts))
-            self._runner.run(self._complete(number, prompts, folder))
+            self._table.run(self._complete(number, prompts, folder))
         found = read_json(folder / "round.json")
         self.metrics = found["metrics"]
         trajectories = self._trajectories(folder, prompts)
@@ -165,30 +104,20 @@ class Rounds:
         """Sample and judge what is missing of a round."""
         # A problem may come again, in another round or another process, and shall be another draw.
         seed = turn_seed(self._settings.seed, "round", number, PartialState().process_index)
-        with self._storage.open(folder / "trajectories") as journal:
+        with self._table.storage.open(folder / "trajectories") as journal:
             for sampler, samples, first_sample, problems in self._calls(prompts):
-                trajectories = rollout(
-                    self._engines[sampler],
-                    self._environment,
-                    self._table.chat,
+                await self._table.sample(
+                    journal,
+                    self._policies,
+                    sampler,
                     problems,
+                    seed=seed,
+                    iteration=number,
                     samples=samples,
                     first_sample=first_sample,
-                    decoding=self._table.decoding,
-                    limits=self._table.limits,
-                    seed=seed,
-                    system=self._table.system,
-                    policy=sampler.name,
-                    iteration=number,
-                    skip=journal.done(),
-                    max_in_flight=self._table.max_in_flight,
                 )
-                async with contextlib.aclosing(trajectories):
-                    async for trajectory in trajectories:
-                        journal.append(trajectory)
         metrics = {name: value for name, value in self._policies.metrics().items() if "log_z" in name}
-        pairs = self._trajectories(folder, prompts)
-        preferences = await self._judged(prompts, pairs)
+        preferences = await self._table.judged(prompts, self._trajectories(folder, prompts))
         write_json(folder / "round.json", {"preferences": preferences, "metrics": metrics})
 
     def _calls(self, prompts: Sequence[Problem]) -> Iterator[tuple[Sampler, int, int, list[Problem]]]:
@@ -206,7 +135,7 @@ class Rounds:
     def _trajectories(self, folder: Path, prompts: Sequence[Problem]) -> Pairs:
         """Trajectory and opponent, or None, of every prompt."""
         counts, seen = Counter(problem.id for problem in prompts), Counter[str]()
-        found = {(t.problem_id, t.sample): t for t in self._storage.read(folder / "trajectories")}
+        found = {(t.problem_id, t.sample): t for t in self._table.storage.read(folder / "trajectories")}
         pairs: Pairs = []
         for problem in prompts:
             place, n = seen[problem.id], counts[problem.id]
@@ -215,36 +144,3 @@ class Rounds:
             second = found[problem.id, n + place] if has_opponent else None
             pairs.append((found[problem.id, place], second))
         return pairs
-
-    async def _judged(self, prompts: Sequence[Problem], pairs: Pairs) -> list[float | None]:
-        room = asyncio.Semaphore(MAX_JUDGEMENTS)
-
-        async def judge(problem: Problem, first: Trajectory, second: Trajectory | None) -> float | None:
-            if not first.actions or (second is not None and not second.actions):
-                return None
-            async with room:
-                if second is None:
-                    assert isinstance(self._table.judge, Rewards)
-                    return await self._table.judge.reward(first, problem)
-                return await self._table.judge.prefer(first, second, problem)
-
-        tasks = [
-            asyncio.create_task(judge(problem, *pair)) for problem, pair in zip(prompts, pairs, strict=True)
-        ]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Where one process meets a fault, end so in all of them: the others would wait for it for ever."""
-    own: EnvironmentFault | None = None
-    try:
-        yield
-    except EnvironmentFault as error:
-        own = error
-    if faults := [fault for fault in gather_object([None if own is None else str(own)]) if fault is not None]:
-        raise EnvironmentFault(faults[0]) from own

@@ -24,7 +24,7 @@ from mtpo.errors import InputError
 from mtpo.models import fingerprint, require_exact_attention, unwrapped
 from mtpo.scoring import require_layout
 from mtpo.training.adapters import check_merge, merged, with_adapter
-from mtpo.training.callbacks import Checkpoints, HeldOut, MetricsFile, ProgressBar
+from mtpo.training.callbacks import LOOK, Checkpoints, HeldOut, MetricsFile, ProgressBar
 from mtpo.training.card import RunFacts, file_digests, model_card
 from mtpo.training.distill import OnPolicy, OwnSamples
 from mtpo.training.guards import EqualGradients, check_one_bos
@@ -422,9 +422,10 @@ def name_of(model: Any) -> str:
     return str(getattr(unwrapped(model), "name_or_path", ""))
 
 
-def last_metrics(trainer: TrajectoryTrainer, key: str = "loss") -> dict[str, float]:
-    """The last that were logged with this one among them, if any."""
-    return next((entry for entry in reversed(trainer.state.log_history) if key in entry), {})
+def last_metrics(trainer: TrajectoryTrainer, begin: str = "loss") -> dict[str, float]:
+    """The last that were logged with one of a name that begins so among them, if any."""
+    history = reversed(trainer.state.log_history)
+    return next((entry for entry in history if any(name.startswith(begin) for name in entry)), {})
 
 
 def save_model(
@@ -443,7 +444,7 @@ def save_model(
         card = model_card(
             settings,
             facts or RunFacts(name_of(trainer.model)),
-            last_metrics(trainer) | last_metrics(trainer, "eval_loss"),
+            last_metrics(trainer) | last_metrics(trainer, LOOK),
             family=unwrapped(trainer.model).config.model_type,  # pyright: ignore[reportArgumentType]
             is_adapter=(partial / "adapter_config.json").exists(),
         )

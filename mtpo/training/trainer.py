@@ -23,6 +23,7 @@ from mtpo.logprobs import entropies, install
 from mtpo.losses import LossOut, kto_baseline, masked_sum
 from mtpo.models import unwrapped
 from mtpo.scoring import batch_logps
+from mtpo.training.callbacks import LOOK
 from mtpo.training.distill import OwnSamples
 from mtpo.training.methods import Scores
 from mtpo.training.metrics import (
@@ -165,8 +166,9 @@ class TrajectoryTrainer(Trainer):
         """Adds the means since the last call, over all processes, to what transformers logs."""
         if "loss" in logs:
             logs = logs | self.metrics.take()
+            logs |= advantage_std(logs)
             if self.value is not None:
-                logs |= explained_variance(logs) | advantage_std(logs)
+                logs |= explained_variance(logs)
             drawn = min(self.state.global_step * self.settings.batch_size, self.num_draws)
             self.state.epoch = self.settings.epochs * drawn / self.num_draws
             now = time.monotonic()
@@ -179,10 +181,16 @@ class TrajectoryTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Log, and return, the loss and metrics on `held_out`, as means over these rows, which are not trained on.
+        """Log, and return, how the policy does on what is held out; each name begins with `eval_`."""
+        values = {f"{LOOK}{name}": value for name, value in self._look().items()}
+        cast(nn.Module, self.model_wrapped).train()
+        self.log(values)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
+        self.last_log = time.monotonic()  # tokens_per_s is that of training
+        return values
 
-        Each name begins with `eval_`. KTO's baseline is that of each batch, as in training.
-        """
+    def _look(self) -> dict[str, float]:
+        """Loss and metrics on `held_out`, as means over these rows. KTO's baseline is that of each batch."""
         training = self.rows, self.metrics, self.z0, self.desirable_share
         self.rows, self.metrics, self.of_samples = self.held_out, StepMetrics(), {}
         model, device = cast(nn.Module, self.model_wrapped), self.args.device
@@ -197,11 +205,6 @@ class TrajectoryTrainer(Trainer):
             weight += total.item()
         values = {"loss": self.accelerator.gather(loss).sum().item() / weight} | self.metrics.take()  # pyright: ignore
         self.rows, self.metrics, self.z0, self.desirable_share = training
-        model.train()
-        values = {f"eval_{name}": value for name, value in values.items()}
-        self.log(values)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
-        self.last_log = time.monotonic()  # tokens_per_s is that of training
         return values
 
     def _held_out_batches(self) -> Iterator[list[Batch]]:
