@@ -34,7 +34,11 @@ SELF_PLAY: dict[str, dict[str, Any]] = {
     "online_ipo": {"tau": TAU},
     "nash_md": {"tau": TAU, "ref_coef": 0.0},
     "mtpo": {"alpha": TAU, "value_learning_rate": 0.1},
+    "nash_ema": {"tau": TAU, "ema_decay": 0.8, "adam_beta1": 0.0},
 }
+"""An average of the policy stands still where the policy does, so that nash_ema's target is that of self-play. But a
+policy circles where it answers one of before: the average is 5 steps behind, and AdamW's usual momentum would add 10.
+With it 80 steps of the exact gradient still leave a gap of 0.008; without, 80 sampled ones one of 0.001."""
 AGAINST_THE_MIXTURE: dict[str, dict[str, Any]] = {
     "ipo_md": {"tau": TAU, "ref_coef": REF_COEF},
     "nash_md": {"tau": TAU, "ref_coef": REF_COEF},
@@ -90,7 +94,7 @@ def test_against_the_mixture_it_is_the_mixture_that_becomes_a_nash_policy(
     assert exploitability(mixture, game.preference, TILTED, TAU / (1 - REF_COEF)) < SMALL_GAP
 
 
-@pytest.mark.parametrize("method", ["online_ipo", "ipo_md", "nash_md", "mtpo"])
+@pytest.mark.parametrize("method", ["online_ipo", "ipo_md", "nash_md", "nash_ema", "mtpo"])
 def test_with_a_verifiers_preferences_all_methods_have_one_target(method: str, tmp_path: Path) -> None:
     """mu exp(u / (2 tau)), whoever the opponent is."""
     u = np.array([1.0, 0.0, 0.0])
