@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm find-vllm check clean
+.PHONY: install quickstart test test-vllm find-vllm check dist clean
 
 install: .venv/.installed
 
@@ -18,8 +18,9 @@ install: .venv/.installed
 quickstart: install
 	$(BIN)/python -m recipes.quickstart --out runs/quickstart --resume
 
+# Two files of tests at a time: each of them has processes, kernels and models of its own.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The engines on vLLM itself: its CPU build, in an environment of its own because it pins torch and transformers.
 # `-rP` shows the measured log-prob errors. Where vLLM for GPUs is installed, `pytest -m vllm` runs the same.
@@ -48,7 +49,17 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(MAKE) test
+
+# sdist and wheel, and the wheel in an environment that has nothing else, away from the checkout.
+dist: install
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build
+	$(PYTHON) -m venv .venv-dist
+	command -v nvidia-smi >/dev/null || .venv-dist/bin/python -m pip install --no-deps \
+		--index-url https://download.pytorch.org/whl/cpu 'torch>=2.8,<2.14' || true
+	.venv-dist/bin/python -m pip install dist/*.whl
+	cd / && $(CURDIR)/.venv-dist/bin/python $(CURDIR)/.ci/installed.py
 
 clean:
-	rm -rf .venv .venv-vllm runs/quickstart
+	rm -rf .venv .venv-dist .venv-vllm dist runs/quickstart
