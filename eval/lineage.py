@@ -46,7 +46,7 @@ def _trace_model(model: str, lineage: Lineage, seen: set[str]) -> None:
         return
     seen.add(model)
     path = Path(model)
-    run = next((p for p in [path, *path.parents] if _options(p)), None) if path.is_dir() else None
+    run = _run_of(path) if path.is_dir() else None
     if run is None:
         lineage.unknown.append(f"{model}: no run folder says what it was trained on")
         return
@@ -60,6 +60,12 @@ def _trace_model(model: str, lineage: Lineage, seen: set[str]) -> None:
         _trace_model(options["model"], lineage, seen)
     else:
         lineage.unknown.append(f"{run}: the demonstrations that its first policy was trained on")
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run folder that holds a model; the training of an iteration is a part of the loop's run."""
+    places = [p for p in [model, *model.parents] if not p.parent.name.startswith("iteration_")]
+    return next((p for p in places if _options(p)), None)
 
 
 def _problem_files(run: Path, model: Path) -> Iterator[Path]:

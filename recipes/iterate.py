@@ -6,12 +6,15 @@ The loop of arXiv 2409.02392, Algorithm 1, with disjoint prompts and the data of
 
     OUT/iteration_1/current/     trajectories of the policy; previous/ holds those of the policy before it
     OUT/iteration_1/labels/      grades and training rows
-    OUT/iteration_1/train/       checkpoints and metrics.jsonl
+    OUT/iteration_1/train/       a run of recipes.train: checkpoints and metrics.jsonl
     OUT/iteration_1/dev/NAME/    greedy evaluation of each checkpoint; selected.json names the best
     OUT/test/NAME/               evaluation of every iteration's policy, after the last training step
     OUT/report.html              figures, and trajectories down to their tokens
 
-Every part resumes where it was: after a crash, run the same command with --resume.
+Every part resumes where it was: after a crash, run the same command with --resume. --launcher trains in processes
+of their own, one for each GPU:
+
+    --launcher "accelerate launch --config_file recipes/configs/accelerate/fsdp2.yaml --num_processes 8"
 """
 
 from __future__ import annotations
@@ -20,22 +23,20 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.problems import assert_disjoint, drop_shared, load_problems
+from data.problems import assert_disjoint, drop_repeated, drop_shared, load_problems
 from data.trajectories import read_trajectories
 from eval.evaluate import correct_by_problem
 from eval.metrics import PairedTest
 from eval.report import write_report
 from eval.stages import Stage, stages_table
-from mtpo.batches import read_rows
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
-from mtpo.models import holds_model, load_model
+from mtpo.models import DTYPES, holds_model
 from mtpo.runs import RunFolder, read_json, write_json
-from mtpo.training import TrainingSettings, train
+from mtpo.training import TrainingSettings
 from mtpo.training.guards import engine_gap
 from mtpo.trajectory import Problem
 from recipes import train as train_recipe
@@ -45,6 +46,7 @@ from recipes.evaluate import compare, evaluate_into
 from recipes.generate import SPEED_ONLY, SamplingOptions, sample_into
 from recipes.label import Graded, grade_trajectories, write_rows
 from recipes.train import KINDS
+from recipes.training_stage import launch_command, run_stage, training_stage
 
 PROBED = 8
 """Trajectories of each policy whose log-probs are compared between engine and trainer."""
@@ -67,12 +69,23 @@ class LoopOptions(SamplingOptions, TrainingSettings):
     test_samples: int = field(
         default=1, metadata={"help": "samples per test problem at temperature 1; 0 for none"}
     )
+    test_dtype: str | None = field(
+        default=None, metadata={"help": "what the final evaluation computes in; by default dtype"}
+    )
+    launcher: str | None = field(
+        default=None,
+        metadata={
+            "help": "command that trains in processes of their own: accelerate launch ..., torchrun ..."
+        },
+    )
     attention: str | None = field(default=None, metadata={"help": "attention; by default an exact one"})
     seed: int = field(default=0, metadata={"help": "fixes every draw"})
 
     def __post_init__(self) -> None:
         SamplingOptions.__post_init__(self)
         TrainingSettings.__post_init__(self)
+        if self.test_dtype not in (None, *DTYPES):
+            raise InputError(f"--test_dtype is {self.test_dtype!r}; expected one of {', '.join(DTYPES)}")
         for name, least in (("iterations", 1), ("prompts", 1), ("per_problem", 1), ("previous_samples", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
@@ -122,10 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def iterate(config: Config) -> str:
     if config.dry_run:
         return dry_run(config, config, config.model)
+    if config.launcher is not None:
+        launch_command(config.launcher)  # a wrong one is told now, and not after the sampling
     sets = load_sets(config)
-    folder = RunFolder.open(
-        config.out, config, resume=config.resume, may_change=SPEED_ONLY | train_recipe.SPEED_ONLY
-    )
+    may_change = SPEED_ONLY | train_recipe.SPEED_ONLY | {"launcher"}
+    folder = RunFolder.open(config.out, config, resume=config.resume, may_change=may_change)
     policies = run_loop(folder.path, config.model, sets, config, previous=config.previous)
     stages, test = run_tests(folder.path, policies, sets.test, config)
     print(stages_table(stages, test))
@@ -138,13 +152,14 @@ def load_sets(config: Config) -> Sets:
     """
     Raises:
         InputError: a set cannot be loaded, dev and test share a question, or the training problems, less those
-            that are in dev or test, are too few for the iterations.
+            that are in dev or test or ask what another one asks, are too few for the iterations.
     """
     dev = load_problems(config.dev, config.dev_limit, strict=False)
     test = load_problems(config.test, config.test_limit, strict=False)
     needed = config.iterations * config.prompts
     limit = needed + len(dev) + len(test) if config.problems.startswith("generated:") else None
     problems = drop_shared(load_problems(config.problems, limit, strict=False), [*dev, *test])
+    problems = drop_repeated(problems)  # else the parts of two iterations could share a question
     if len(problems) < needed:
         raise InputError(
             f"--problems {config.problems}: {config.iterations} iterations of {config.prompts} prompts need {needed} "
@@ -217,7 +232,8 @@ def run_iteration(
             seed=options.seed,
             max_tokens=options.max_length,
         )
-        train_policy(folder, current, reference, options)
+        stage = training_stage(folder, current, reference, options, options.attention)
+        run_stage(stage, options.launcher)
         accuracies = select_on(dev, folder, options)
         best = max(accuracies, key=lambda name: (accuracies[name], name == "model"))
         write_json(selected, {"model": str(folder / "train" / best), "checkpoint": best, "dev": accuracies})
@@ -267,30 +283,6 @@ def sample_policies(
     return graded
 
 
-def train_policy(folder: Path, current: str, reference: str, options: LoopOptions) -> None:
-    """Train from `current` on the rows of the iteration, unless that is done."""
-    out = folder / "train"
-    if (out / "model").exists():
-        return
-    model, chat = load_policy(current, options.weights_dtype, options.attention)
-    data_file = folder / "labels" / f"{KINDS[options.recipe.rows]}.jsonl"
-    needs_another = options.recipe.needs_reference and reference != current
-    train(
-        model,
-        read_rows(data_file),
-        options,
-        out,
-        reference_model=partial(
-            load_model, reference, dtype=options.weights_dtype, attention=options.attention
-        )
-        if needs_another
-        else None,
-        tokenizer=chat.tokenizer,
-        data_files=[data_file],
-        resume=True,
-    )
-
-
 def select_on(dev: Sequence[Problem], folder: Path, options: LoopOptions) -> dict[str, float]:
     """Greedy accuracy on dev of every checkpoint and of the final model (`model`), by folder name."""
     greedy = dataclasses.replace(options, temperature=0.0, samples=1)
@@ -317,7 +309,7 @@ def run_tests(
     sampled = dataclasses.replace(options, temperature=1.0, samples=max(1, options.test_samples))
     stages, correct = [], []
     for policy in policies:
-        sampler = Sampler.load(policy.model, options, options.dtype, options.attention)
+        sampler = Sampler.load(policy.model, options, options.test_dtype or options.dtype, options.attention)
         place = folder / "test" / policy.name.replace(" ", "_")
         names: dict[str, Any] = {
             "seed": options.seed,

@@ -55,6 +55,7 @@ def test_a_policy_of_the_loop_has_seen_its_iteration_and_those_before(tmp_path: 
     for iteration in (1, 2, 3):
         part = run / f"iteration_{iteration}"
         write_problems(part / "current" / "problems.jsonl", problems(f"p/{iteration}"))
+        make_run(part / "train", model="the one before", data=str(part / "labels"))
         make_model(part / "train" / "model")
     found = lineage_of(str(run / "iteration_2" / "train" / "model"))
     assert [p.id for part in found.known.values() for p in part] == ["p/1", "p/2"]
