@@ -22,9 +22,13 @@ from sandbox.cgroup import remove_cgroup
 from sandbox.confine import Confinement, move_home, new_user_namespace
 from sandbox.files import remove_tree
 from sandbox.limits import Limits
+from sandbox.processes import stat_fields
 from sandbox.zygote import Zygote, send
 
 NOBODY = 65534
+FLAGS = 6
+"""Of a process, among its `stat_fields`."""
+PF_EXITING = 0x4  # linux/sched.h
 
 
 class MissingLayersError(Exception):
@@ -49,11 +53,11 @@ def main() -> None:
         control.close()  # so that the owner hears of the fork server's end
         # Two signs of one event: the control socket is closed, and if the owner has forked, so that it is
         # not, this signal.
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(zygote_pid, signal.SIGKILL))
+        signal.signal(signal.SIGTERM, lambda *_: _kill(zygote_pid))
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGTERM)
         os.waitpid(zygote_pid, 0)
         _kill_the_rest()
-        if os.getppid() != config["parent_pid"]:  # else the owner may have plans for the directory
+        if _has_ended(config["parent_pid"]):  # else the owner may have plans for the directory
             remove_tree(Path(config["directory"]))
             if config["cgroup"]:
                 remove_cgroup(Path(config["cgroup"]))
@@ -86,6 +90,17 @@ def _reporting(control: socket.socket) -> Iterator[None]:
         send(control, event="missing", reasons=error.reasons)
     except Exception as error:
         send(control, event="failed", id=None, error=f"{type(error).__name__}: {error}")
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(pid, signal.SIGKILL)
+
+
+def _has_ended(parent_pid: int) -> bool:
+    """Whether the parent is gone, or dying: its sockets are closed some time before its children get another parent."""
+    stat = stat_fields(parent_pid)
+    return os.getppid() != parent_pid or not stat or int(stat[FLAGS]) & PF_EXITING != 0
 
 
 def _kill_the_rest() -> None:

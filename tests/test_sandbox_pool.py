@@ -268,17 +268,25 @@ async def test_cancelling_while_a_kernel_starts_leaves_nothing_behind(base: Path
 @both_kernels
 async def test_nothing_outlives_a_killed_owner(kernel: KernelKind, base: Path) -> None:
     script = f"""
-        import asyncio, sys, tempfile
+        import asyncio, resource, socket, sys, tempfile
         sys.path.insert(0, {str(ROOT)!r})
         tempfile.tempdir = {str(base)!r}
         from sandbox import InterpreterPool
         from tests.processes import processes_of
+
+        def sockets():  # so many that their owner is still dying when the pool hears of it
+            return [socket.socketpair() for _ in range(most_files // 6)]
+
+        most_files = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 20_000)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+        before = sockets()
 
         async def main():
             async with InterpreterPool(kernel={kernel!r}, preload=()) as pool:
                 sessions = [pool.session(), pool.session()]
                 for session in sessions:
                     await session.execute("1")
+                after = sockets()
                 print(*processes_of(pool), flush=True)
                 await sessions[0].execute("while True: pass", timeout_s=600)
 
