@@ -117,6 +117,8 @@ class Evaluation:
     accuracy: Score
     by_policy: dict[str, Score]
     """Empty with one policy. With several, their trajectories are the samples of the other figures together."""
+    by_set: dict[str, Score]
+    """By what is before the number in a problem's id: `gsm8k:test`."""
     by_level: dict[str, Score]
     by_subject: dict[str, Score]
     pass_at: dict[int, Score]
@@ -151,6 +153,8 @@ class Evaluation:
         average = f"avg@{most}" if fewest == most else f"avg@{fewest} to {most}"
         rows = [("accuracy" if most == 1 else f"pass@1 ({average})", self.accuracy)]
         rows += [(f"  policy {name}", score) for name, score in self.by_policy.items()]
+        if len(self.by_set) > 1:
+            rows += [(f"  set {name}", score) for name, score in self.by_set.items()]
         rows += [(f"  level {name}", score) for name, score in self.by_level.items()]
         rows += [(f"  subject {name}", score) for name, score in self.by_subject.items()]
         rows += [(f"pass@{k}", score) for k, score in self.pass_at.items() if k > 1]
@@ -219,6 +223,7 @@ def summarize(predictions: Sequence[Prediction], problems: Sequence[Problem]) ->
         samples={"min": min(sizes), "max": max(sizes)},
         accuracy=_accuracy(own),
         by_policy=_by_policy(counted),
+        by_set=_by_set(own),
         by_level=_grouped(own, {i: known[i].level for i in own}),
         by_subject=_grouped(own, {i: known[i].subject for i in own}),
         pass_at={k: _score_at(k, own, _pass_at) for k in ks},
@@ -274,6 +279,12 @@ def _by_policy(counted: Sequence[Prediction]) -> dict[str, Score]:
     for prediction in counted:
         groups[prediction.policy].append(prediction)
     return {name: _accuracy(by_problem(groups[name])) for name in sorted(groups)} if len(groups) > 1 else {}
+
+
+def _by_set(own: Mapping[str, Sequence[Prediction]]) -> dict[str, Score]:
+    places = {problem_id: problem_id.rpartition("/") for problem_id in own}
+    sets = {i: name if slash and number.isdecimal() else None for i, (name, slash, number) in places.items()}
+    return _grouped(own, sets)
 
 
 def _grouped(own: Mapping[str, Sequence[Prediction]], group_of: Mapping[str, str | None]) -> dict[str, Score]:

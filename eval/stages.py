@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.evaluate import Evaluation
+from eval.evaluate import Evaluation, Score
 from eval.metrics import PairedTest
+from eval.published import SETS, published_accuracies
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Stage:
             "num_problems": accuracy.num_problems,
             "tool_use_rate": self.greedy.tool_use.value,
             "tool_error_rate": self.greedy.tool_errors.value or 0.0,
+            "by_set": {
+                name: [score.value, score.low, score.high] for name, score in self.greedy.by_set.items()
+            },
             "by_subject": {name: a.value for name, a in self.greedy.by_subject.items()},
             "training": dict(self.training),
         }
@@ -66,6 +70,29 @@ def stages_table(stages: Sequence[Stage], test: PairedTest) -> str:
         f"{test.improved} improved, {test.worsened} worsened, z = {test.z:.1f}, p = {test.p:.1g}",
     ]
     return "\n".join(lines)
+
+
+def published_table(stages: Sequence[Stage], name: str) -> str:
+    """The stages beside a row of the paper, in per cent, with the 95 % intervals of ours.
+
+    Raises:
+        InputError: the paper has no such row.
+    """
+    told = published_accuracies(name, len(stages))
+    title = f"{name}: greedy accuracy, and that of arXiv 2409.02392"
+    lines = [title, f"{'':12}" + "".join(f"{f'{name}':24}{'paper':>8}  " for name in SETS)]
+    for stage, row in zip(stages, told, strict=True):
+        cells = [
+            f"{_score_on(stage, name)!s:24}{'-' if row is None else getattr(row, figure):>8}  "
+            for name, figure in SETS.items()
+        ]
+        lines.append(f"{stage.name:12}" + "".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _score_on(stage: Stage, name: str) -> Score | str:
+    """The score on one of the paper's sets; "-" if it was not evaluated."""
+    return stage.greedy.by_set.get(name, "-")
 
 
 RATIOS = (("logratio/chosen", "rho/desirable"), ("logratio/rejected", "rho/undesirable"))

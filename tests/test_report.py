@@ -24,7 +24,7 @@ from eval.report.terminal import printable, trajectory_lines
 from eval.report.tokens import fits, joined, token_pieces
 from mtpo.errors import InputError
 from mtpo.grader import Grade
-from mtpo.runs import write_jsonl
+from mtpo.runs import write_json, write_jsonl
 from mtpo.trajectory import Execution, Problem, StopReason
 from recipes import show as show_recipe
 from recipes.evaluate import conclude
@@ -155,6 +155,20 @@ def test_an_iterated_run_gets_a_learning_curve_and_its_training(tmp_path: Path) 
     training = page.partition("Training: iteration_1")[2]
     for panel in ("margin", "log-ratio to reference, nats", "chosen", "rejected"):
         assert f">{panel}</text>" in training
+
+
+def test_a_loop_that_names_a_row_of_the_paper_stands_beside_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [RIGHT], published="Gemma 2 9B, M-DPO")
+    own = {"gsm8k:test": [0.805, 0.78, 0.83], "math:test": [0.5, 0.49, 0.51]}
+    stages = [{"name": name, "by_set": own} for name in ("start", "iteration 1", "iteration 2", "<b>3</b>")]
+    write_json(run / "summary.json", {"stages": stages})
+    table = write_report(run).read_text().partition("<caption>")[2].partition("</table>")[0]
+    assert table.startswith("Gemma 2 9B, M-DPO: greedy accuracy, and that of arXiv 2409.02392")
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in table.split("<tr>")[2:]]
+    ours = ["80.5%", "78.0", "to", "83.0"], ["50.0%", "49.0", "to", "51.0"]
+    assert rows[0] == ["start", *ours[0], "84.1%", *ours[1], "51.0%"]
+    assert rows[1] == ["iteration", "1", *ours[0], *ours[1]]
+    assert rows[3] == ["&lt;b&gt;3&lt;/b&gt;", *ours[0], "86.3%", *ours[1], "54.5%"]
 
 
 def test_a_training_run_alone_is_a_report(tmp_path: Path) -> None:

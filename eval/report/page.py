@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.evaluate import Score
+from eval.published import SETS, published_accuracies
 from eval.report.figures import MISSING_PLOTS, Figure
 from eval.report.records import pack
 from eval.report.sources import Run
@@ -52,6 +53,7 @@ def page(
         "num_pairs": f"{len(index['pairs']):,}",
         "table": "".join(_table(tallies)),
         "paired": "".join(_paired(runs, tallies)),
+        "published": "".join(_published(runs[0])),
         "figures": "".join(map(_figure, figures)) or f"<p>{MISSING_PLOTS}</p>",
         "tables": "".join(_tables(runs)),
         "notes": "".join(f"<li>{escape(note)}</li>" for note in notes),
@@ -159,6 +161,33 @@ def _paired(runs: Sequence[Run], tallies: Sequence[Tally]) -> Iterator[str]:
                 f"<p><b>{escape(name)}</b>, problem by problem: {test['improved']} improved, "
                 f"{test['worsened']} worsened (exact {kind}: z = {test['z']:.1f}, p = {test['p']:.2g}).</p>"
             )
+
+
+def _published(run: Run) -> Iterator[str]:
+    """The policies of a loop on the paper's test sets, beside the row of the paper that the run names."""
+    name, path = run.config.get("published"), run.folder / "summary.json"
+    if name is None or not path.exists():
+        return
+    stages = read_json(path)["stages"]
+    heads = "".join(f"<th scope=col>{escape(head)}</th><th scope=col>paper</th>" for head in SETS)
+    yield f"<table><caption>{escape(name)}: greedy accuracy, and that of arXiv 2409.02392</caption>"
+    yield f"<thead><tr><th></th>{heads}</tr></thead><tbody>"
+    for stage, row in zip(stages, published_accuracies(name, len(stages)), strict=True):
+        cells = "".join(
+            f"<td>{_share(stage.get('by_set', {}).get(head))}</td>"
+            f"<td>{'' if row is None else f'{getattr(row, figure):.1f}%'}</td>"
+            for head, figure in SETS.items()
+        )
+        yield f'<tr><th scope="row">{escape(stage["name"])}</th>{cells}</tr>'
+    yield "</tbody></table>"
+
+
+def _share(score: Sequence[float] | None) -> str:
+    """A value with both ends of its interval; empty for none."""
+    if score is None:
+        return ""
+    value, low, high = (100 * share for share in score)
+    return f"<strong>{value:.1f}%</strong> <small>{low:.1f} to {high:.1f}</small>"
 
 
 def _tables(runs: Sequence[Run]) -> Iterator[str]:
