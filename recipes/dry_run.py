@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from mtpo.batches import Row, RowKind
 from mtpo.errors import InputError
 from mtpo.models import DTYPES, exact_attention
 from mtpo.training import TrainingSettings, TrainResult, train
-from mtpo.training.memory import Memory, Strategy, estimate, micro_batch
+from mtpo.training.memory import Memory, Sizes, Strategy, estimate, micro_batch
 from recipes.architectures import architecture
 
 GIB = 2**30
@@ -40,6 +41,10 @@ class DryRunOptions:
         default=None, metadata={"help": f"of a dry run: {', '.join(get_args(Strategy))}; fsdp by default"}
     )
 
+    @property
+    def num_gpus(self) -> int:
+        return self.gpus or 8
+
     def __post_init__(self) -> None:
         for name in ("gpus", "strategy"):
             if getattr(self, name) is not None and not self.dry_run:
@@ -52,13 +57,23 @@ class DryRunOptions:
             )
 
 
-def dry_run(settings: TrainingSettings, options: DryRunOptions, model: str, *, in_4bit: bool = False) -> str:
+def dry_run(
+    settings: TrainingSettings,
+    options: DryRunOptions,
+    model: str,
+    *,
+    in_4bit: bool = False,
+    plan: Callable[[Sizes, Memory], str] | None = None,
+) -> str:
     """Print what training `model` needs; the last line says that a step worked.
+
+    Args:
+        plan: says what else is to be done with a model of these sizes, and is printed in between.
 
     Raises:
         InputError: the model is unknown, the batch does not divide over the GPUs, or a setting is refused.
     """
-    num_gpus, strategy = options.gpus or 8, options.strategy or "fsdp"
+    num_gpus, strategy = options.num_gpus, options.strategy or "fsdp"
     config, source = architecture(model)
     sizes, memory = estimate(config, settings, num_gpus=num_gpus, strategy=strategy, in_4bit=in_4bit)  # pyright: ignore[reportArgumentType]
     print(
@@ -71,6 +86,8 @@ def dry_run(settings: TrainingSettings, options: DryRunOptions, model: str, *, i
         f"tokens at once{', checkpointed' if settings.gradient_checkpointing else ''}:"
     )
     print("\n".join(memory_table(memory)))
+    if plan is not None:
+        print(plan(sizes, memory))
     small = shrunken(config)
     result = one_step(small, settings)
     return (

@@ -23,28 +23,32 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from data.problems import assert_disjoint, drop_repeated, drop_shared, load_problems
+from data.problems import assert_disjoint, drop_repeated, drop_shared, load_problems, num_problems
 from data.trajectories import read_trajectories
 from eval.evaluate import correct_by_problem
 from eval.metrics import PairedTest
+from eval.published import check_published
 from eval.report import write_report
-from eval.stages import Stage, stages_table
+from eval.stages import Stage, published_table, stages_table
 from mtpo.cli import run_recipe
 from mtpo.errors import InputError
 from mtpo.models import DTYPES, holds_model
 from mtpo.runs import RunFolder, read_json, write_json
 from mtpo.training import TrainingSettings
 from mtpo.training.guards import engine_gap
+from mtpo.training.memory import Memory, Sizes
 from mtpo.trajectory import Problem
 from recipes import train as train_recipe
-from recipes.dry_run import DryRunOptions, dry_run
+from recipes.dry_run import dry_run
 from recipes.engines import Sampler, load_policy
 from recipes.evaluate import compare, evaluate_into
 from recipes.generate import SPEED_ONLY, SamplingOptions, sample_into
 from recipes.label import Graded, grade_trajectories, write_rows
+from recipes.plan import PlanOptions, Work, plan, plan_table
 from recipes.train import KINDS
 from recipes.training_stage import launch_command, run_stage, training_stage
 
@@ -92,7 +96,7 @@ class LoopOptions(SamplingOptions, TrainingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LoopOptions, DryRunOptions):
+class Config(LoopOptions, PlanOptions):
     """Iterated multi-turn preference learning."""
 
     model: str = field(metadata={"help": "policy to start from, after supervised training"})
@@ -105,11 +109,17 @@ class Config(LoopOptions, DryRunOptions):
     )
     dev_limit: int | None = field(default=500, metadata={"help": "dev problems to use"})
     test_limit: int | None = field(default=None, metadata={"help": "test problems to use; all by default"})
+    published: str | None = field(
+        default=None,
+        metadata={"help": "row of arXiv 2409.02392 to report beside the results, as in eval/published.py"},
+    )
     resume: bool = field(default=False, metadata={"help": "go on with an interrupted run"})
 
     def __post_init__(self) -> None:
+        if self.published is not None:
+            check_published(self.published)
         LoopOptions.__post_init__(self)
-        DryRunOptions.__post_init__(self)
+        PlanOptions.__post_init__(self)
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def iterate(config: Config) -> str:
     if config.dry_run:
-        return dry_run(config, config, config.model)
+        return dry_run(config, config, config.model, plan=partial(plan_text, config))
     if config.launcher is not None:
         launch_command(config.launcher)  # a wrong one is told now, and not after the sampling
     sets = load_sets(config)
@@ -143,9 +153,33 @@ def iterate(config: Config) -> str:
     policies = run_loop(folder.path, config.model, sets, config, previous=config.previous)
     stages, test = run_tests(folder.path, policies, sets.test, config)
     print(stages_table(stages, test))
+    if config.published is not None:
+        print("\n" + published_table(stages, config.published))
     folder.finish({"stages": [s.to_json() for s in stages], "paired": dataclasses.asdict(test)})
     write_report(folder.path)
     return f"{config.iterations} iterations in {folder.path}; the last policy is {policies[-1].model}"
+
+
+def plan_text(config: Config, sizes: Sizes, memory: Memory) -> str:
+    """The stages of the loop as a table, and what its hours and bytes rest on."""
+    work = Work(
+        settings=config,
+        iterations=config.iterations,
+        prompts=config.prompts,
+        samples=config.samples,
+        previous_samples=config.previous_samples,
+        num_previous=(config.iterations - (config.previous is None)) * bool(config.previous_samples),
+        per_problem=config.per_problem,
+        num_dev=config.dev_limit or num_problems(config.dev),
+        num_test=config.test_limit or num_problems(config.test),
+        test_samples=config.test_samples,
+        dtype=config.dtype,
+        test_dtype=config.test_dtype or config.dtype,
+        num_engines=len(config.urls) or config.ray_engines,
+        num_gpus=config.num_gpus,
+    )
+    assumed = config.assumptions
+    return f"{plan_table(plan(work, sizes, memory, assumed))}\n{assumed}"
 
 
 def load_sets(config: Config) -> Sets:

@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from eval.published import PUBLISHED as PUBLISHED_ACCURACY
+from mtpo.cli import parse_config
 from mtpo.errors import InputError
 from mtpo.training import TrainingSettings
 from mtpo.training.memory import estimate, saved_bytes
@@ -24,6 +26,8 @@ from tests.tiny_models import FAMILIES, Family, tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "recipes/configs").glob("*-*.yaml"))
+PAPER = ROOT / "recipes/configs/paper"
+PAPER_CONFIGS = sorted(PAPER.glob("*_*_*.yaml"))
 SFT_CONFIGS = sorted((ROOT / "recipes/configs/sft").glob("*.yaml"))
 
 NUM_PARAMETERS = {
@@ -65,7 +69,62 @@ def test_shipped_loops_fit_eight_gpus_and_take_a_step(path: Path, capsys: Any, t
     total = next(float(line.split()[1]) for line in lines if line.startswith("  total"))
     assert 10 < total < 80  # an A100 of the paper's kind
     assert lines[-1].startswith("one step of dpo on a copy of 2 layers and hidden size 32: loss 0.69")
+    assert any(line.startswith("sample current ") and "2,300 x 20" in line for line in lines)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("path", PAPER_CONFIGS, ids=[path.stem for path in PAPER_CONFIGS])
+def test_the_papers_rows_are_planned_within_its_own_hours(path: Path, capsys: Any, tmp_path: Path) -> None:
+    """It tells 24 to 48 hours on 8 A100 of 80 GB for all iterations, of whatever methods."""
+    lines = dry(capsys, iterate, "--config", path, "--out", tmp_path / "none")
+    hours, memory = (
+        float(value) for value in next(line for line in lines if line.startswith("all ")).split()[2:4]
+    )
+    assert 24 < hours < 48 and 10 < memory < 75
+    assert "one step of " in lines[-1] and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("path", PAPER_CONFIGS, ids=[path.stem for path in PAPER_CONFIGS])
+def test_the_papers_rows_have_the_papers_values(path: Path) -> None:
+    """By section 13 of its spec: 4e-7 for the Gemma 1.1 family and 2e-7 for the others; RAFT 5e-6 or 1e-6."""
+    config = parse_config(iterate.Config, "recipes.iterate", ["--config", str(path), "--out", "o"])
+    model, method = path.stem.rsplit("_", 1)
+    assert (config.iterations, config.prompts, config.samples + config.previous_samples) == (3, 20_000, 30)
+    assert (config.max_turns, config.max_turn_tokens, config.max_length) == (6, 512, 2048)
+    assert (config.batch_size, config.warmup_steps, config.lr_schedule) == (32, 40, "cosine")
+    assert (config.reference, config.temperature, config.top_p, config.top_k) == ("last", 1.0, 1.0, 0)
+    if method == "raft":
+        expected = ("raft", "action", 1e-6, 1) if model == "mistral_7b" else ("raft", "action", 5e-6, 2)
+    else:
+        mask = "action" if method.startswith("m") else "none"
+        rate = 4e-7 if model in ("gemma11_7b", "codegemma_7b") else 2e-7
+        expected = (method.removeprefix("m"), mask, rate, 1)
+        assert config.options["beta"] == 0.1
+    assert (config.method, config.mask, config.learning_rate, config.epochs) == expected
+    names = {
+        "gemma11_7b": "Gemma 1.1 7B",
+        "codegemma_7b": "CodeGemma 1.1 7B",
+        "mistral_7b": "Mistral 7B v0.3",
+    }
+    rows = {"mdpo": "M-DPO", "mkto": "M-KTO", "dpo": "single-turn DPO", "kto": "single-turn KTO"}
+    assert config.published == f"{names.get(model, 'Gemma 2 9B')}, {rows.get(method, 'RAFT')}"
+
+
+def test_every_row_of_the_papers_table_has_a_config() -> None:
+    assert len(PAPER_CONFIGS) == 4 * 5
+    every = {
+        parse_config(iterate.Config, "recipes.iterate", ["--config", str(p), "--out", "o"]).published
+        for p in PAPER_CONFIGS
+    }
+    assert every == {name for name in PUBLISHED_ACCURACY if not name.endswith(", SFT")}
+
+
+def test_values_of_the_papers_configs_name_their_sources() -> None:
+    """(a) the paper's text, (b) its code, (c) the config's own; a line may stand for those right after it."""
+    for path in PAPER.glob("*.yaml"):
+        for line in path.read_text().splitlines():
+            if ": " in line and not line.startswith(("#", " ", "base:", "published:", "ray_", "model:")):
+                assert any(source in line for source in ("# (a)", "# (b)", "# (c)")), f"{path.name}: {line}"
 
 
 @pytest.mark.parametrize("path", SFT_CONFIGS, ids=[path.stem for path in SFT_CONFIGS])
