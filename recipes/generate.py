@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -125,11 +125,7 @@ class SamplingOptions(EngineOptions):
         if self.isolation not in get_args(Policy):
             raise InputError(f"--isolation must be one of {get_args(Policy)}, got {self.isolation!r}")
         if self.sandbox_url is not None:
-            for option in fields(SamplingOptions):
-                if option.name in OF_THE_OWN_SANDBOX and getattr(self, option.name) != default_of(option):
-                    raise InputError(
-                        f"--{option.name} has no effect with --sandbox_url: the service has its own"
-                    )
+            refuse_idle(self, OF_THE_OWN_SANDBOX, "with --sandbox_url: the service has its own")
         if self.tool_timeout_s <= 0:
             raise InputError(f"--tool_timeout_s must be positive, got {self.tool_timeout_s}")
 
@@ -333,9 +329,15 @@ def _sandbox(options: SamplingOptions) -> InterpreterPool | RemoteInterpreter | 
     return RemoteInterpreter(options.sandbox_url, os.environ[TOKEN_VARIABLE])
 
 
-def default_of(option: Field[Any]) -> Any:
-    """The default of an option, for saying that it was set although it has no effect."""
-    return option.default_factory() if callable(option.default_factory) else option.default
+def refuse_idle(options: Any, names: Collection[str], why: str) -> None:
+    """
+    Raises:
+        InputError: one of these options of a config is not what it is by default, although it has no effect.
+    """
+    for option in fields(options):
+        default = option.default_factory() if callable(option.default_factory) else option.default
+        if option.name in names and getattr(options, option.name) != default:
+            raise InputError(f"--{option.name} has no effect {why}")
 
 
 class _Progress:

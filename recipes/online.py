@@ -2,6 +2,8 @@
 
     python -m recipes.online --method nash_md --model runs/sft/model --problems gsm8k:train --judge verifier \\
         --learning_rate 4e-7 --out runs/nash
+    python -m recipes.online --method mtpo --model runs/lessons/teacher/model --system "" --student scripted \\
+        --problems runs/lessons/dialogues/problems.jsonl --judge comprehension --learning_rate 1e-4 --out runs/talks
 
 Each round samples the prompts of the next --sync_steps steps with the method's samplers, has the judge compare, and
 learns. OUT/rounds/ has every trajectory and preference, OUT/metrics.jsonl one line a step, OUT/model the policy;
@@ -12,8 +14,8 @@ accelerate (DDP) every process samples its own share of the prompts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,10 @@ from data.problems import load_problems
 from data.trajectories import Journal, read_trajectories
 from mtpo.chat import ChatFormat
 from mtpo.cli import run_recipe
+from mtpo.dialogue import prefer_comprehension, transcript
+from mtpo.environment import Environment, Interpreter
 from mtpo.errors import InputError
-from mtpo.judges import INSTRUCTION, EfficiencyJudge, Judge, LLMJudge, VerifierJudge
+from mtpo.judges import INSTRUCTION, CallableJudge, EfficiencyJudge, Judge, VerifierJudge
 from mtpo.models import load_model, load_tokenizer
 from mtpo.runs import RunFolder
 from mtpo.training.online import train_online
@@ -34,26 +38,22 @@ from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.table import Storage, Table
 from mtpo.vocabularies import require_one_vocabulary
 from recipes.engines import EngineOptions
-from recipes.generate import OF_THE_OWN_SANDBOX, SamplingOptions, default_of, open_interpreter
+from recipes.generate import OF_THE_OWN_SANDBOX, SamplingOptions, open_interpreter, refuse_idle
+from recipes.judges import COMPARISON, JUDGE_SERVERS, JudgeOptions
+from recipes.students import SCRIPTED, STUDENT_SERVERS, TEACHER, StudentOptions
 from recipes.train import SPEED_ONLY, summary
 
-JudgeName = Literal["verifier", "efficiency", "llm"]
-KEY_VARIABLE = "JUDGE_API_KEY"
-"""Environment variable with the bearer token of the judge's server, if it wants one."""
+JudgeName = Literal["verifier", "efficiency", "comprehension", "llm"]
 UNUSED = ("samples", "branch_turn", "branch_width")
 """Options of sampling that the method decides."""
-MAY_CHANGE = SPEED_ONLY | {
-    *OF_THE_OWN_SANDBOX,
-    "sandbox_url",
-    "execution_cache",
-    "max_in_flight",
-    "judge_urls",
-    "max_skipped_steps",
-}
+OF_ANY_SANDBOX = (*OF_THE_OWN_SANDBOX, "sandbox_url", "execution_cache")
+MAY_CHANGE = (
+    SPEED_ONLY | STUDENT_SERVERS | JUDGE_SERVERS | {*OF_ANY_SANDBOX, "max_in_flight", "max_skipped_steps"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SamplingOptions, OnlineSettings):
+class Config(StudentOptions, JudgeOptions, SamplingOptions, OnlineSettings):
     """Train a policy on trajectories that it samples on the way, against its opponents and by a judge."""
 
     model: str = field(metadata={"help": "policy to start from: model name or folder"})
@@ -62,18 +62,9 @@ class Config(SamplingOptions, OnlineSettings):
     judge: str = field(
         default="verifier",
         metadata={
-            "help": "verifier (right beats wrong), efficiency (then fewer turns, tokens and errors) or llm"
+            "help": "verifier (right beats wrong), efficiency (then fewer turns, tokens and errors), llm, or with "
+            "--student scripted comprehension (by what it understood)"
         },
-    )
-    judge_urls: list[str] = field(
-        default_factory=list, metadata={"help": "with --judge llm: replicas of its server, http://HOST:PORT"}
-    )
-    judge_model: str | None = field(
-        default=None, metadata={"help": "with --judge llm: the name that it is served under"}
-    )
-    judge_instruction: str | None = field(
-        default=None,
-        metadata={"help": "with --judge llm: file of its prompt, with {question}, {first} and {second}"},
     )
     limit: int | None = field(default=None, metadata={"help": "first problems only"})
     eval_problems: str | None = field(
@@ -92,19 +83,20 @@ class Config(SamplingOptions, OnlineSettings):
     def __post_init__(self) -> None:
         SamplingOptions.__post_init__(self)
         OnlineSettings.__post_init__(self)
-        of_engines = {option.name for option in fields(EngineOptions)}
-        for option in fields(SamplingOptions):
-            if option.name in of_engines.union(UNUSED) and getattr(self, option.name) != default_of(option):
-                raise InputError(
-                    f"--{option.name} has no effect: the policies sample in this process, as often as the method says"
-                )
+        unused = [*UNUSED, *(option.name for option in fields(EngineOptions))]
+        refuse_idle(self, unused, "here: the policies sample in this process, as often as the method says")
         if self.judge not in get_args(JudgeName):
             raise InputError(f"--judge is {self.judge!r}; expected one of {', '.join(get_args(JudgeName))}")
-        for name in ("judge_urls", "judge_model", "judge_instruction"):
-            if getattr(self, name) and self.judge != "llm":
-                raise InputError(f"--{name} has no effect with --judge {self.judge}")
-        if self.judge == "llm" and not (self.judge_urls and self.judge_model):
-            raise InputError("--judge llm needs --judge_urls and --judge_model")
+        self.check_judge(self.judge)
+        self.check_student()
+        if self.student is not None:
+            refuse_idle(self, [*OF_ANY_SANDBOX, "tool_timeout_s"], "with --student: nobody runs code")
+            if self.judge in ("verifier", "efficiency"):
+                raise InputError(
+                    f"--judge {self.judge} grades answers, which a dialogue has none of: take comprehension or llm"
+                )
+        if self.judge == "comprehension" and self.student != SCRIPTED:
+            raise InputError("--judge comprehension needs --student scripted: of others it is not known")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_policy(config: Config) -> str:
     problems = load_problems(config.problems, config.limit, strict=False)
+    student = config.load_student(config.weights_dtype)
     held_out = () if config.eval_problems is None else load_problems(config.eval_problems, strict=False)
     tokenizer = load_tokenizer(config.model)
     load = partial(load_model, dtype=config.weights_dtype, attention=config.attention)
@@ -122,13 +115,19 @@ def train_policy(config: Config) -> str:
         models = {"policy": model, "reference": reference}
         require_one_vocabulary(models, tokenizers, purpose=f"--method {config.method}")
     folder = RunFolder.open(config.out, config, resume=config.resume, may_change=frozenset(MAY_CHANGE))
+
+    def environment() -> AbstractAsyncContextManager[Environment | Interpreter]:
+        if config.student is None:
+            return open_interpreter(config)
+        return config.open_dialogue(student, config.decoding, config.max_in_flight)
+
     table = Table(
         ChatFormat.for_tokenizer(tokenizer),
-        lambda: open_interpreter(config),
+        environment,
         judge_of(config, folder.path),
         config.decoding,
         config.limits,
-        config.system,
+        TEACHER if config.system is None and config.student is not None else config.system,
         config.max_in_flight,
     )
     result = train_online(
@@ -152,21 +151,16 @@ def train_policy(config: Config) -> str:
 def judge_of(config: Config, out: Path) -> Judge:
     """
     Raises:
-        InputError: there is no such instruction file, or it lacks a place.
+        InputError: the instruction of a language model lacks a place, or a URL is none.
     """
+    if config.judge == "comprehension":
+        return CallableJudge(prefer_comprehension)
     if config.judge != "llm":
         return VerifierJudge() if config.judge == "verifier" else EfficiencyJudge()
-    instruction = INSTRUCTION
-    if config.judge_instruction is not None:
-        instruction = Path(config.judge_instruction).read_text(encoding="utf-8")
-    assert config.judge_model is not None
-    return LLMJudge(
-        config.judge_urls,
-        config.judge_model,
-        instruction=instruction,
-        cache=out / f"verdicts-{PartialState().process_index}.jsonl",
-        api_key=os.environ.get(KEY_VARIABLE),
-    )
+    cache = out / f"verdicts-{PartialState().process_index}.jsonl"
+    if config.student is None:
+        return config.llm_judge(INSTRUCTION, cache)
+    return config.llm_judge(COMPARISON, cache, transcript)
 
 
 if __name__ == "__main__":

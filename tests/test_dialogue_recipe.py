@@ -1,7 +1,6 @@
 """The dialogue recipe from a tiny teacher to pairs, and what its folder looks like to the other recipes."""
 
 import base64
-import contextlib
 import gzip
 import json
 import re
@@ -10,22 +9,14 @@ from typing import Any
 
 import pytest
 
-from data.topics import lesson_problems, lessons
-from data.trajectories import Journal, read_trajectories
+from data.trajectories import read_trajectories
 from eval.report import write_report
 from mtpo.batches import read_rows
-from mtpo.chat import ChatFormat
-from mtpo.dialogue import Dialogue, prefer_comprehension, transcript
-from mtpo.judges import CallableJudge
-from mtpo.models import fingerprint, load_model, load_tokenizer
-from mtpo.rollout import RolloutLimits
+from mtpo.dialogue import transcript
+from mtpo.models import fingerprint, load_model
 from mtpo.runs import read_json
-from mtpo.students import ScriptedStudents
-from mtpo.training.online import train_online
-from mtpo.training.online_settings import OnlineSettings
-from mtpo.training.table import Storage, Table
 from mtpo.trajectory import Trajectory
-from recipes import dialogue, show
+from recipes import dialogue, online, show
 from recipes.train import read_data
 from tests.fake_server import Answer, FakeServer
 
@@ -149,25 +140,95 @@ def test_a_student_may_be_served_as_text_alone_and_what_the_teacher_sampled_is_s
     assert set(observed) == {"And why?"} and not any(t.is_from_text for t in talks)
 
 
+def online_command(run: Path, out: Path, method: str, *more: str) -> list[str]:
+    argv = ["--model", str(run / "teacher" / "model"), "--system", "", "--method", method, "--out", str(out)]
+    argv += ["--problems", str(run / "dialogues" / "problems.jsonl"), "--learning_rate", "1e-4"]
+    return [*argv, "--batch_size", "3", "--epochs", "2", *SMALL, *more]
+
+
+def figures_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("method", ["mtpo", "online_ipo"])
 def test_an_online_method_learns_from_its_own_talks(run: Path, tmp_path: Path, method: str) -> None:
-    model = run / "teacher" / "model"
-    tokenizer = load_tokenizer(model)
-    environment = Dialogue(ScriptedStudents(lessons(), attention=1.0))
-    table = Table(
-        ChatFormat.for_tokenizer(tokenizer),
-        lambda: contextlib.nullcontext(environment),
-        CallableJudge(prefer_comprehension),
-        limits=RolloutLimits(max_turns=2, max_turn_tokens=24),
-    )
-    settings = OnlineSettings(method=method, learning_rate=1e-4, batch_size=3, epochs=2)
-    storage, problems = Storage(Journal, read_trajectories), lesson_problems()[:3]
-    train_online(
-        load_model(model), problems, settings, table, storage, tmp_path, tokenizer=tokenizer, progress=False
-    )
-    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [step["num/judged"] for step in steps] == [3, 3]
-    assert fingerprint(load_model(tmp_path / "model")) != fingerprint(load_model(model))
+    held_out = str(run / "dialogues" / "problems.jsonl")
+    options = ["--student", "scripted", "--judge", "comprehension", "--eval_problems", held_out]
+    out = tmp_path / "run"
+    assert online.main(online_command(run, out, method, *options)) == 0
+    assert [step["num/judged"] for step in figures_of(out / "metrics.jsonl")] == [3, 3]
+    talks = [t for rounds in out.glob("rounds/*/*/trajectories") for t in read_trajectories(rounds)]
+    assert len(talks) == 12 and all(0 <= t.metadata["comprehension"] <= 1 for t in talks)
+    assert fingerprint(load_model(out / "model")) != fingerprint(load_model(run / "teacher" / "model"))
+    before, after = figures_of(out / "eval.jsonl")
+    assert before["eval_num/reference"] == after["eval_num/previous"] == 3
+    assert after["eval_turns/played"] <= 4
+
+
+def test_the_judge_of_an_online_run_reads_whole_talks_with_a_student_that_is_served(
+    run: Path, tmp_path: Path
+) -> None:
+    """It prefers the second in either order, so that all are ties."""
+    student = FakeServer(lambda _: (200, {"choices": [{"text": "And why?", "finish_reason": "stop"}]}))
+    verdict = {"choices": [{"message": {"role": "assistant", "content": "Better: 2"}}]}
+    judge = FakeServer(lambda _: (200, verdict), path="/v1/chat/completions")
+    model, out = str(run / "teacher" / "model"), tmp_path / "run"
+    options = ["--student", "policy", "--student_engine", "openai", "--student_urls", student.url]
+    options += [
+        "--student_tokenizer",
+        model,
+        "--judge",
+        "llm",
+        "--judge_urls",
+        judge.url,
+        "--judge_model",
+        "j",
+    ]
+    try:
+        assert online.main(online_command(run, out, "online_ipo", *options)) == 0
+    finally:
+        student.stop()
+        judge.stop()
+    steps = figures_of(out / "metrics.jsonl")
+    assert [(step["num/judged"], step["ties/judged"]) for step in steps] == [(3, 1), (3, 1)]
+    prompts = [request["messages"][-1]["content"] for request in judge.requests]
+    assert prompts and all("--- Conversation 1 ---" in p and "Student: And why?" in p for p in prompts)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--student", "scripted"], "--judge verifier grades answers, which a dialogue has none of"),
+        (["--judge", "comprehension"], "--judge comprehension needs --student scripted"),
+        (["--persona", "Learn."], "--persona has no effect without --student"),
+        (
+            ["--student", "scripted", "--student_tokens", "5"],
+            "--student_tokens has no effect with the scripted",
+        ),
+        (["--student", "scripted", "--kernels", "2"], "--kernels has no effect with --student: nobody runs"),
+        (["--student", "m", "--judge", "llm"], "--judge llm needs --judge_urls and --judge_model"),
+        (
+            [
+                "--judge",
+                "llm",
+                "--judge_urls",
+                "http://h",
+                "--judge_model",
+                "j",
+                "--judge_instruction",
+                "/absent",
+            ],
+            "--judge_instruction /absent: no such file",
+        ),
+    ],
+)
+def test_bad_options_of_an_online_dialogue_are_one_line_and_make_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+) -> None:
+    assert online.main(online_command(tmp_path, tmp_path / "run", "mtpo", *options)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {complaint}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def unpacked(report: Path) -> Any:

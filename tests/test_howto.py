@@ -1,6 +1,9 @@
 """The examples of docs/howto.md work as they stand there."""
 
+import importlib
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,13 @@ from mtpo.trajectory import Problem, StopReason, Trajectory
 from tests.scripted import ScriptedEngine, gemma_chat
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "howto.md").read_text()
+
+
+SHORT = {
+    "recipes.dialogue": "--demonstrations 200 --samples 1 --limit 3 --max_turns 2 --max_turn_tokens 24",
+    "recipes.online": "--batch_size 3 --epochs 2 --eval_steps 1 --max_turns 2 --max_turn_tokens 24",
+}
+"""What makes the commands of the page quick."""
 
 
 def example(defines: str) -> dict[str, Any]:
@@ -46,3 +56,14 @@ async def test_the_judge_prefers_the_shorter_of_two() -> None:
     problem = Problem("p", "?", "42")
     assert await judge.prefer(short, long, problem) == 1
     assert await judge.prefer(long, short, problem) == 0
+
+
+def test_the_commands_that_train_online_in_a_dialogue_do(tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    (block,) = [block for block in blocks if "--student scripted" in block]
+    for line in block.replace("\\\n", " ").replace("runs/", f"{tmp_path}/").splitlines():
+        _, _, name, *argv = shlex.split(line)
+        assert importlib.import_module(name).main([*argv, *SHORT[name].split()]) == 0
+    looks = [json.loads(line) for line in (tmp_path / "taught" / "eval.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [0, 1, 2]
+    assert all(look["eval_num/played"] == 3 for look in looks)

@@ -97,7 +97,10 @@ def test_a_judge_that_is_away_pauses_the_command_which_says_so(
     [
         (("--samples", "4"), "--samples has no effect"),
         (("--engine", "vllm"), "--engine has no effect"),
-        (("--judge", "oracle"), "--judge is 'oracle'; expected one of verifier, efficiency, llm"),
+        (
+            ("--judge", "oracle"),
+            "--judge is 'oracle'; expected one of verifier, efficiency, comprehension, llm",
+        ),
         (("--judge", "llm"), "--judge llm needs --judge_urls and --judge_model"),
         (("--judge_model", "m"), "--judge_model has no effect with --judge verifier"),
         (("--tau", "0.1"), "tau has no effect on method 'mtpo'"),
