@@ -53,7 +53,7 @@ def main() -> None:
         control.close()  # so that the owner hears of the fork server's end
         # Two signs of one event: the control socket is closed, and if the owner has forked, so that it is
         # not, this signal.
-        signal.signal(signal.SIGTERM, lambda *_: _kill(zygote_pid))
+        signal.signal(signal.SIGTERM, lambda *_: kill_if_alive(zygote_pid))
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGTERM)
         os.waitpid(zygote_pid, 0)
         _kill_the_rest()
@@ -61,6 +61,11 @@ def main() -> None:
             remove_tree(Path(config["directory"]))
             if config["cgroup"]:
                 remove_cgroup(Path(config["cgroup"]))
+
+
+def kill_if_alive(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _serve(sandbox: Sandbox, control: socket.socket, config: dict[str, Any]) -> NoReturn:
@@ -90,11 +95,6 @@ def _reporting(control: socket.socket) -> Iterator[None]:
         send(control, event="missing", reasons=error.reasons)
     except Exception as error:
         send(control, event="failed", id=None, error=f"{type(error).__name__}: {error}")
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-        os.kill(pid, signal.SIGKILL)
 
 
 def _has_ended(parent_pid: int) -> bool:

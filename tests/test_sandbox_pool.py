@@ -16,6 +16,7 @@ import zmq
 
 from mtpo.errors import InputError, SandboxError
 from sandbox import InterpreterPool, Limits
+from sandbox.guardian import kill_if_alive
 from sandbox.pool import KernelKind
 from tests.processes import is_alive, kernels_of, processes_of, wait_until_gone
 
@@ -301,6 +302,12 @@ async def test_nothing_outlives_a_killed_owner(kernel: KernelKind, base: Path) -
     owner.kill()
     await owner.wait()
     await wait_until_gone(pids, base)
+
+
+def test_the_owners_death_may_come_after_that_of_the_fork_server() -> None:
+    with subprocess.Popen(["true"]) as fork_server:
+        fork_server.wait()
+        kill_if_alive(fork_server.pid)
 
 
 @both_kernels
