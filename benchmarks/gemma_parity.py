@@ -104,6 +104,9 @@ def saturated(family: Family, dtype: torch.dtype, attention: str = "eager") -> A
     """A model of which logits and attention scores go far beyond 30 and 50, the caps of Gemma 2."""
     model: Any = tiny_model(family, attention=attention, std=0.3)
     model.to(dtype)  # one draw of weights for all types
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):  # some releases multiply it by positions in float32
+            buffer.data = buffer.to(torch.float32)
     with torch.no_grad():
         model.lm_head.weight.mul_(15)  # tied: larger inputs are normalised away, larger logits are not
         for layer in model.base_model.layers:

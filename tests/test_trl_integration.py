@@ -272,9 +272,9 @@ def test_a_run_with_trls_own_defaults_goes_on_from_a_checkpoint(tmp_path: Path) 
 
 
 def test_a_reference_that_is_not_the_policy_as_it_starts_is_noticed(tmp_path: Path) -> None:
-    tiny_model("gemma2", std=0.1, seed=1).save_pretrained(tmp_path / "model")
-    policy = type(tiny_model("gemma2")).from_pretrained(tmp_path / "model")
-    policy.load_state_dict(tiny_model("gemma2", std=0.1).state_dict())  # TRL will load the folder again
+    tiny_model("llama", std=0.1, seed=1).save_pretrained(tmp_path / "model")
+    policy = type(tiny_model("llama")).from_pretrained(tmp_path / "model")
+    policy.load_state_dict(tiny_model("llama", std=0.1).state_dict())  # TRL will load the folder again
     trainer = trl_trainer(policy, tiny_pairs(4), DPOConfig(str(tmp_path / "trl"), **options()))
     with pytest.raises(GuardError, match=r"rewards/chosen is .* before the first step: pass the reference"):
         trainer.train()

@@ -11,6 +11,7 @@ each micro-batch rather than from the whole step, and takes rows in their order:
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from mtpo.batches import COLUMNS, PairCollator, Row, RowKind, SingleCollator, read_rows, usable_rows
 from mtpo.errors import GuardError, InputError
-from mtpo.models import require_exact_attention
+from mtpo.models import exact_attention, load_config, require_exact_attention
 from mtpo.training.guards import check_one_bos
 from mtpo.training.mismatch import with_mismatched
 from mtpo.training.trainer import ZERO_MARGIN
@@ -93,6 +94,9 @@ class _TrainsOnIds:
         **options: Any,
     ) -> None:
         _check_options(args, options)
+        if isinstance(model, str) and args is not None:
+            args = copy.copy(args)
+            args.model_init_kwargs = _with_exact_attention(model, dict(args.model_init_kwargs or {}))  # pyright: ignore
         self.vocab_size = _vocab_size(model)
         self.starts_at_reference = _starts_at_reference(ref_model, options)
         super().__init__(
@@ -237,6 +241,11 @@ def _check_options(args: DPOConfig | KTOConfig | None, options: Mapping[str, Any
     for name, (is_wrong, reason) in wrong.items():
         if is_wrong:
             raise InputError(f"{name}={getattr(args, name)!r} would have no effect: {reason}")
+
+
+def _with_exact_attention(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What to load it with: transformers before 5.21 would choose an attention without Gemma 2's soft-cap."""
+    return {"attn_implementation": exact_attention(load_config(model)), **options}
 
 
 def _vocab_size(model: str | PreTrainedModel) -> int | None:
