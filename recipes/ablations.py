@@ -6,7 +6,7 @@ An arms file names the arms by their options of recipes.iterate, or of recipes.o
 own; what all arms, all offline or all online ones share; and the learning rates to choose from. The others are compared
 with the first arm:
 
-    learning_rates: [3.0e-5, 1.0e-4, 3.0e-4]
+    learning_rates: [1.0e-4, 3.0e-4, 1.0e-3]
     common: {batch_size: 16}
     offline: {iterations: 2, prompts: 200, samples: 8}
     online: {prompts: 1600}
