@@ -31,8 +31,8 @@ def rss_mib(pid: int) -> float:
     return _memory_mib(pid, "Rss:")
 
 
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def num_descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def _memory_mib(pid: int, *names: str) -> float:

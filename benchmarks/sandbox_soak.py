@@ -1,36 +1,36 @@
 """The pool under fire for hours, or minutes: is every answer right, is every loss told, does anything leak?
 
-    python -m benchmarks.sandbox_soak [--executions 20000] [--seed 0]
+    python -m benchmarks.sandbox_soak [--executions 100000] [--seed 0]
 
-Many tasks run maths trajectories with known answers, some cells never end, and all the while kernels and the
-fork server are killed from outside. Prints one line a check; exits with 1 if one fails.
+Many tasks run maths trajectories with known answers, some cells never end, and all the while kernels are killed from
+outside. In the first half so are the fork server and its guardian; in the second half these grow old, to be seen.
+Prints one line a check; exits with 1 if one fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
 import os
 import random
-import signal
-import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
+from typing import get_args
 
+from benchmarks.command import at_least
 from benchmarks.maths import MathsTrajectory, maths_trajectories
-from benchmarks.processes import num_descriptors, rss_mib
+from benchmarks.soak_faults import family_of, kill_one, plan_kills
+from benchmarks.soak_watch import Check, Watch, report
 from mtpo.errors import SandboxError
 from mtpo.trajectory import Execution
 from sandbox import InterpreterPool, Limits
-from sandbox.processes import adopt_orphans, descendants, generations
+from sandbox.layers import Policy
+from sandbox.processes import adopt_orphans, descendants
 from sandbox.session import Session
 
 MAX_TURNS = 12
@@ -40,18 +40,17 @@ ENDLESS = "while True: pass"
 DEAF = "import itertools\nsum(itertools.repeat(0))"
 """A loop that does not hear the interrupt, so that the kernel must be killed."""
 ENDLESS_SHARE = 0.01
-SERVER_SHARE = 1 / 30
+EXECUTIONS_PER_KILL = {"kernel": 25, "fork server": 1000, "guardian": 2000}
+"""In the mean, while such are killed."""
 STOPPED = (
     f"Line 1: {ENDLESS}\nKeyboardInterrupt\n"
     f"[stopped after {SHORT_TIMEOUT_S:g} s, the time limit; variables are kept]"
 )
 GONE = "all variables are gone]"
 MAX_REFUSED = 0.01
-MAX_RSS_GROWTH = 1.10
-MAX_DESCRIPTOR_GROWTH = 8
-SAMPLE_S = 0.2
-WARM_UP = 1 / 20
-"""The share of the executions after which the owner is watched: by then all kernels have started."""
+POLL_S = 0.02
+LOOK_S = 1.0
+WATCHED = ("owner", "guardian", "fork server")
 
 
 @dataclass(slots=True)
@@ -63,8 +62,6 @@ class Tally:
     """Executions by outcome, kills by victim."""
     surprises: list[str] = field(default_factory=list)
     """Wrong answers and losses that no text told of, described."""
-    samples: list[tuple[float, int]] = field(default_factory=list)
-    """(MiB, descriptors) of the owner, at equal distances in time."""
 
     @property
     def num_executions(self) -> int:
@@ -72,9 +69,6 @@ class Tally:
 
     def is_done(self) -> bool:
         return self.num_executions >= self.num_planned
-
-    def sample(self) -> None:
-        self.samples.append((rss_mib(os.getpid()), num_descriptors()))
 
     def note(self, execution: Execution, expected: str) -> bool:
         """Book one execution.
@@ -121,53 +115,42 @@ async def run_trajectory(
                 turn = 0
 
 
-async def kill_at_random(tally: Tally, rng: random.Random, kills_per_s: float) -> None:
-    """Kill kernels, and now and then one of the servers above them, with a signal that nothing can catch."""
-    depth = 0
+async def kill_as_planned(tally: Tally, rng: random.Random) -> None:
+    """Kill after so many executions as the plan says."""
+    plan = plan_kills(tally.num_planned, EXECUTIONS_PER_KILL, rng, young=("fork server", "guardian"))
+    while plan:
+        await asyncio.sleep(rng.uniform(0.0, 2 * POLL_S))
+        if tally.num_executions >= plan[0][0]:
+            kill_one(plan, tally.num_executions, family_of(os.getpid()), rng, tally.counts)
+
+
+async def look_around(watch: Watch) -> None:
+    """Watch the owner and the servers below it."""
     while True:
-        await asyncio.sleep(rng.expovariate(kills_per_s))
-        *above, youngest = generations(os.getpid()) or [[]]
-        depth = max(depth, len(above))
-        if rng.random() < SERVER_SHARE:
-            victims, name = list(chain(*above)), "killed servers"
-        else:  # after the death of a server there are no kernels for a while
-            victims, name = youngest if len(above) == depth else [], "killed kernels"
-        if victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(victims), signal.SIGKILL)
-                tally.counts[name] += 1
+        family = family_of(os.getpid()) | {"owner": [os.getpid()]}
+        watch.sample({part: family[part][0] for part in WATCHED if family[part]})
+        await asyncio.sleep(LOOK_S)
 
 
-async def watch(tally: Tally) -> None:
-    """Sample the owner."""
-    while True:
-        await asyncio.sleep(SAMPLE_S)
-        if tally.num_executions > WARM_UP * tally.num_planned:
-            tally.sample()
-
-
-async def soak(options: argparse.Namespace) -> Tally:
+async def soak(tally: Tally, watch: Watch, options: argparse.Namespace) -> None:
     """Run it all; the pool is closed when it returns."""
-    tally = Tally(options.executions)
     seeds = random.Random(options.seed)
     limits = Limits(interrupt_grace_s=0.3)
     async with InterpreterPool(limits, size=options.size, isolation=options.isolation) as pool:
         async with pool.session() as session:
             await session.execute("1")
-            print("isolation:", describe_layers(pool))
+            print("isolation:", describe_layers(pool), flush=True)
         around = [
-            asyncio.ensure_future(watch(tally)),
-            asyncio.ensure_future(kill_at_random(tally, random.Random(seeds.random()), options.kills)),
+            asyncio.ensure_future(look_around(watch)),
+            asyncio.ensure_future(kill_as_planned(tally, random.Random(seeds.random()))),
         ]
         tasks = [
             run_trajectories(pool, tally, random.Random(seeds.random())) for _ in range(2 * options.size)
         ]
         await asyncio.gather(*tasks)
-        tally.sample()
         for task in around:
             task.cancel()
         await asyncio.gather(*around, return_exceptions=True)
-    return tally
 
 
 def describe_layers(pool: InterpreterPool) -> str:
@@ -175,53 +158,38 @@ def describe_layers(pool: InterpreterPool) -> str:
     return f"without {', '.join(missing)}" if missing else "all layers"
 
 
-def checks(tally: Tally, left: Sequence[object]) -> Iterator[tuple[bool, str]]:
+def checks(tally: Tally, watch: Watch, left: Sequence[object]) -> Iterator[Check]:
     """Whether each promise was kept, and the figures behind it."""
     counts = tally.counts
+    killed = ", ".join(f"{counts[f'killed {victim}']} {victim}s" for victim in EXECUTIONS_PER_KILL)
     yield (
         not tally.surprises,
-        f"no wrong answer and no silent loss: {len(tally.surprises)} of {counts['executions']}",
+        f"no wrong answer, no cell run twice, no silent loss: {len(tally.surprises)} of {counts['executions']}",
     )
     yield (
-        counts["losses told"] > 0 and counts["killed kernels"] > 0,
-        f"losses were told: {counts['losses told']} after {counts['killed kernels']} kernels and "
-        f"{counts['killed servers']} fork servers were killed; {counts['timeout']} timeouts",
+        counts["losses told"] > 0 and all(counts[f"killed {victim}"] for victim in EXECUTIONS_PER_KILL),
+        f"losses were told: {counts['losses told']} after {killed} were killed; {counts['timeout']} timeouts",
     )
     yield (
         counts["refused"] <= MAX_REFUSED * counts["sessions"],
         f"the pool mended itself: {counts['refused']} of {counts['sessions']} sessions were refused a kernel",
     )
-    for unit, index, is_flat in (
-        ("MiB", 0, lambda first, last: last <= first * MAX_RSS_GROWTH),
-        ("descriptors", 1, lambda first, last: last <= first + MAX_DESCRIPTOR_GROWTH),
-    ):
-        first, last = quarters([sample[index] for sample in tally.samples])
-        yield (
-            is_flat(first, last),
-            f"{unit} of the owner flat: {first:.0f} in the first quarter, {last:.0f} in the last",
-        )
+    yield from watch.checks()
     yield not left, f"nothing left behind: {list(left) or 'nothing'}"
 
 
-def quarters(values: Sequence[float]) -> tuple[float, float]:
-    """The medians of the first and the last quarter."""
-    quarter = max(1, len(values) // 4)
-    return statistics.median(values[:quarter]), statistics.median(values[-quarter:])
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sandbox_soak",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--executions", type=int, default=20_000, metavar="N")
+    parser.add_argument("--executions", type=at_least(1), default=100_000, metavar="N")
     parser.add_argument(
-        "--size", type=int, default=16, metavar="N", help="kernels; twice as many tasks want one"
+        "--size", type=at_least(1), default=16, metavar="N", help="kernels; twice as many tasks want one"
     )
-    parser.add_argument("--kills", type=float, default=4.0, metavar="N", help="processes killed a second")
-    parser.add_argument("--isolation", default="available", choices=("full", "available", "none"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--isolation", default="available", choices=get_args(Policy))
+    parser.add_argument("--seed", type=int, default=0, help="fixes what is run, and who is killed when")
     return parser.parse_args(argv)
 
 
@@ -229,20 +197,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     adopt_orphans()
     logging.getLogger("sandbox").setLevel(logging.ERROR)  # each start that a kill cut short is a warning
+    tally, watch = Tally(options.executions), Watch()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
         tempfile.tempdir = directory
-        tally = asyncio.run(soak(options))
+        asyncio.run(soak(tally, watch, options))
         tempfile.tempdir = None
         left = [*descendants(os.getpid()), *Path(directory).iterdir()]
     print(f"{tally.num_executions} executions in {time.monotonic() - started:.0f} s: {dict(tally.counts)}")
     for surprise in tally.surprises[:10]:
         print(f"    {surprise}")
-    results = list(checks(tally, left))
-    for is_kept, line in results:
-        print(f"{'ok    ' if is_kept else 'FAILED'}  {line}")
-    return int(not all(is_kept for is_kept, _ in results))
+    return report(checks(tally, watch, left))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

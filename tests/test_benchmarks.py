@@ -19,8 +19,6 @@ from benchmarks.grader import bars as grader_bars
 from benchmarks.maths import WrongAnswerError, check_answers, maths_trajectories
 from benchmarks.processes import cpu_s, private_mib, pss_mib, rss_mib
 from benchmarks.sandbox import OURS, PAPER, STOCK, bars, table
-from benchmarks.sandbox_soak import Tally, checks, quarters
-from mtpo.trajectory import Execution
 from sandbox.processes import descendants
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,37 +163,6 @@ def test_many_sessions_open_answer_and_are_gone() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "opened 12 sessions" in done.stdout and "; 0 wrong answers" in done.stdout
     assert "left behind: nothing" in done.stdout
-
-
-def test_the_soak_runs_and_every_answer_is_right() -> None:
-    done = run(
-        "benchmarks.sandbox_soak", "--executions", "200", "--size", "4", "--kills", "5", "--isolation", "none"
-    )
-    assert re.search(r"^ok      no wrong answer and no silent loss: 0 of 2\d\d$", done.stdout, re.M), (
-        done.stdout
-    )
-    assert re.search(r"^ok      losses were told: \d+ after \d+ kernels", done.stdout, re.M), done.stdout
-    assert re.search(r"descriptors of the owner flat: \d+ in the first", done.stdout), done.stdout
-    assert re.search(r"^ok      nothing left behind: nothing$", done.stdout, re.M), done.stdout
-    assert (done.returncode == 0) == ("FAILED" not in done.stdout)
-
-
-def test_the_soak_tells_a_loss_that_was_told_from_one_that_was_not() -> None:
-    tally = Tally(num_planned=10)
-    assert tally.note(Execution("print(x)", "5", "ok", 0.0), "5")
-    assert not tally.note(Execution("print(x)", "[died; all variables are gone]", "died", 0.0), "5")
-    assert not tally.surprises
-    assert not tally.note(Execution("print(x)", "NameError: name 'x' is not defined", "error", 0.0), "5")
-    assert len(tally.surprises) == 1
-
-
-def test_the_soak_sees_leaks() -> None:
-    tally = Tally(num_planned=8, samples=[(100.0, 50)] * 4 + [(111.0, 59)] * 4)
-    tally.counts.update({"losses told": 1, "killed kernels": 1})
-    assert [is_kept for is_kept, _ in checks(tally, [])] == [True, True, True, False, False, True]
-    tally.samples[4:] = [(110.0, 58)] * 4
-    assert [is_kept for is_kept, _ in checks(tally, [123])] == [True, True, True, True, True, False]
-    assert quarters([1, 1, 9, 9, 9, 9, 2, 2]) == (1, 2)
 
 
 def grading_figures(**changes: float) -> GradingFigures:
