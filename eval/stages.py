@@ -80,7 +80,7 @@ def published_table(stages: Sequence[Stage], name: str) -> str:
     """
     told = published_accuracies(name, len(stages))
     title = f"{name}: greedy accuracy, and that of arXiv 2409.02392"
-    lines = [title, f"{'':12}" + "".join(f"{f'{name}':24}{'paper':>8}  " for name in SETS)]
+    lines = [title, f"{'':12}" + "".join(f"{f'{name}':24}{'paper':>8}  " for name in SETS).rstrip()]
     for stage, row in zip(stages, told, strict=True):
         cells = [
             f"{_score_on(stage, name)!s:24}{'-' if row is None else getattr(row, figure):>8}  "

@@ -11,10 +11,12 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ import yaml
 from mtpo.errors import InputError, MtpoError
 from mtpo.training import TrainingSettings
 from recipes.train import Config, train_policy
+from sandbox.confine import die_with
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,8 @@ def run_stage(stage: Config, launcher: str | None) -> None:
     file = write_stage(stage)
     command = [*launch_command(launcher), "-m", "recipes.train", "--config", str(file)]
     logger.info("starting %s", shlex.join(command))
-    status = subprocess.run(command, check=False).returncode
+    ends_with_us = partial(die_with, os.getpid(), signal.SIGTERM)  # or it would meet a resumed run
+    status = subprocess.run(command, check=False, preexec_fn=ends_with_us).returncode
     if status:
         raise MtpoError(f"training ended with exit status {status}, see above: {_shown(command)}")
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from recipes.training_stage import launch_command, run_stage, training_stage, wr
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_pairs
 from tests.tiny_tokenizers import make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,41 @@ def test_a_failure_is_one_line_and_what_is_done_is_not_started(policy: Path, tmp
         run_stage(asked, "false")
     (tmp_path / "train" / "model").mkdir(parents=True)
     run_stage(asked, "false")
+
+
+def test_a_killed_loop_leaves_no_training_behind(policy: Path, tmp_path: Path) -> None:
+    """Or the run that goes on would write the same files as the one before."""
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text('#!/bin/sh\necho $$ > "$0.pid"\nexec sleep 600\n')
+    launcher.chmod(0o755)
+    asked = stage(tmp_path, policy)
+    code = (
+        "from recipes import train, training_stage; from mtpo.cli import parse_config; "
+        f"asked = parse_config(train.Config, 'recipes.train', ['--config', {str(write_stage(asked))!r}]); "
+        f"training_stage.run_stage(asked, {str(launcher)!r})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as loop:
+        started = tmp_path / "launcher.sh.pid"
+        wait_for(lambda: started.exists() and started.read_text().endswith("\n"))
+        launched = int(started.read_text())
+        assert is_alive(launched)
+        loop.kill()
+    wait_for(lambda: not is_alive(launched))
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("launcher", ["no-such-launcher --x", "", "torchrun 'half"])
