@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -85,7 +84,9 @@ def run_stage(stage: Config, launcher: str | None) -> None:
     ends_with_us = partial(die_with, os.getpid(), signal.SIGTERM)  # or it would meet a resumed run
     status = subprocess.run(command, check=False, preexec_fn=ends_with_us).returncode
     if status:
-        raise MtpoError(f"training ended with exit status {status}, see above: {_shown(command)}")
+        raise MtpoError(
+            f"training ended with exit status {status}, see above: {launcher} -m recipes.train --config {file}"
+        )
 
 
 def write_stage(stage: Config) -> Path:
@@ -98,7 +99,3 @@ def write_stage(stage: Config) -> Path:
     file = Path(stage.out).parent / "train.yaml"
     file.write_text(yaml.safe_dump(changed, sort_keys=False), encoding="utf-8")
     return file
-
-
-def _shown(command: Sequence[str]) -> str:
-    return shlex.join([Path(command[0]).name, *command[1:]])

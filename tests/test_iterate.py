@@ -10,7 +10,7 @@ import pytest
 
 from data.problems import MATH_SUBJECTS
 from mtpo.cli import parse_config
-from recipes.iterate import Config, load_sets
+from recipes.iterate import Config, load_sets, main
 
 PAPER = Path(__file__).resolve().parents[1] / "recipes" / "configs" / "paper"
 
@@ -54,3 +54,28 @@ def test_the_papers_prompts_are_three_parts_that_share_nothing(monkeypatch: pyte
     assert sets.train[-1].id == "meta-math/MetaMathQA:train/37"
     assert all(p.answer == p.question.split()[1].rstrip("?") for p in sets.train)
     assert [p.id.rpartition("/")[0] for p in sets.test] == ["gsm8k:test"] * 3 + ["math:test"] * 21
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--launcher", "no-such-program"], "--launcher 'no-such-program': no such program"),
+        (["--published", "Gemma 2 9B"], "--published 'Gemma 2 9B' is no row of arXiv 2409.02392"),
+        (["--test_dtype", "int8"], "--test_dtype is 'int8'; expected one of float32, bfloat16"),
+    ],
+)
+def test_what_would_fail_after_hours_is_told_at_once(
+    option: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "--config",
+        str(PAPER / "gemma2_9b_mdpo.yaml"),
+        "--problems",
+        "nowhere",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([*argv, *option]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
