@@ -28,7 +28,8 @@ HEAD = """# Every option of every recipe
 
 Made by `python -m recipes.reference --out docs/reference.md`; a test keeps it current. Each option is a flag
 (`--learning_rate 2e-7`, dashes or underscores) and a key of a `--config FILE.yaml`; flags win over the file, the file
-over the defaults. Lists take several words: `--urls http://a:8000 http://b:8000`.
+over the defaults. A file may begin with the values of another one, `base: OTHER.yaml` in the same folder or by a path
+from there. Lists take several words: `--urls http://a:8000 http://b:8000`.
 """
 
 
