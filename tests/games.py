@@ -44,6 +44,10 @@ class TableConfig(PretrainedConfig):
 class Places(nn.Module):
     """The last hidden state is the token's own position, one-hot: what was read before is in how long it was."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("constant", torch.ones(1), persistent=False)  # like a rotary model's frequencies
+
     def forward(
         self,
         input_ids: Tensor,
@@ -168,6 +172,13 @@ class Judged:
 
     async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float | None:
         return float(self.game.preference[first.metadata["final"], second.metadata["final"]])
+
+
+class FirstActionIsRight(Judged):
+    """Also a judge of single trajectories."""
+
+    async def reward(self, trajectory: Trajectory, problem: Problem) -> float | None:
+        return float(trajectory.metadata["final"] == 0)
 
 
 def game_table(game: TreeGame, judge: Any = None, environment: GameEnvironment | None = None) -> Table:

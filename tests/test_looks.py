@@ -198,6 +198,16 @@ def test_a_run_that_starts_again_logs_its_first_look_once(
     assert figures(tmp_path) == figures(whole[0])
 
 
+def test_the_look_before_is_found_where_another_number_of_processes_left_it(
+    whole: tuple[Path, np.ndarray, Seen], tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        play(tmp_path, environment=Moves(killed_at=18))
+    (tmp_path / "looks" / "00004" / "0-of-1").rename(tmp_path / "looks" / "00004" / "1-of-2")
+    play(tmp_path, resume=True)
+    assert figures(tmp_path) == figures(whole[0])
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,16 @@ from mtpo.training.online_methods import ONLINE_METHODS
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.training.plays import Play, rows_of
 from mtpo.trajectory import Problem, Segment, StopReason, Trajectory
-from tests.games import STORAGE, GameEnvironment, GameSession, Judged, game_table, play_game, table_policy
+from tests.games import (
+    STORAGE,
+    FirstActionIsRight,
+    GameEnvironment,
+    GameSession,
+    Judged,
+    game_table,
+    play_game,
+    table_policy,
+)
 
 GAME = TreeGame.one_turn(cyclic_preference(), [1 / 3, 1 / 3, 1 / 3])
 START = [0.6, 0.3, 0.1]
@@ -277,10 +286,3 @@ def test_accumulation_changes_no_step_of_mtpo(tmp_path: Path) -> None:
 def test_a_method_of_single_trajectories_needs_a_judge_of_them(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rewards single trajectories, which Judged cannot"):
         play_game(GAME, START, settings("rlhf"), tmp_path)
-
-
-class FirstActionIsRight(Judged):
-    """A judge of single trajectories."""
-
-    async def reward(self, trajectory: Trajectory, problem: Problem) -> float:
-        return float(trajectory.metadata["final"] == 0)

@@ -8,7 +8,7 @@ LOOKS/00040/0-of-1/look.json         preferences, written when the look is compl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Looks:
         folder: where looks are kept.
 
     Raises:
-        InputError: two problems have one id.
+        InputError: two problems have one id, or there are fewer than processes.
     """
 
     def __init__(
@@ -73,6 +73,10 @@ class Looks:
                 raise InputError(f"held-out problems: two have the id {problem.id!r}, expected one each")
             seen.add(problem.id)
         state = PartialState()
+        if len(problems) < state.num_processes:
+            raise InputError(
+                f"{len(problems)} held-out problems do not give each of {state.num_processes} processes one"
+            )
         self.every = every
         self._problems = problems[state.process_index :: state.num_processes]
         self._share = f"{state.process_index}-of-{state.num_processes}"
@@ -121,12 +125,15 @@ class Looks:
         write_json(record, found)
 
     def _pairs(self, step: int, opponent: str) -> list[tuple[Trajectory, Trajectory]]:
-        before = 0 if self.every is None else (step - 1) // self.every * self.every
-        sides = f"{step:05d}", opponent if opponent == "reference" else f"{before:05d}"
-        own, other = ({t.problem_id: t for t in self._trajectories(side)} for side in sides)
-        return [(own[problem.id], other[problem.id]) for problem in self._problems]
+        shares = [self._folder / "reference" / self._share]
+        if opponent == "previous":
+            before = 0 if self.every is None else (step - 1) // self.every * self.every
+            # Whoever completed them: a run may be resumed with more or fewer processes.
+            shares = [record.parent for record in (self._folder / f"{before:05d}").glob("*/look.json")]
+        own = self._of_problem([self._folder / f"{step:05d}" / self._share])
+        others = self._of_problem(shares)
+        return [(own[problem.id], others[problem.id]) for problem in self._problems]
 
-    def _trajectories(self, name: str) -> Iterator[Trajectory]:
-        """All that processes did in one look, this one or one of a run that was resumed with more or fewer."""
-        for folder in sorted((self._folder / name).glob("*/trajectories")):
-            yield from self._table.storage.read(folder)
+    def _of_problem(self, shares: Sequence[Path]) -> dict[str, Trajectory]:
+        read = self._table.storage.read
+        return {t.problem_id: t for share in shares for t in read(share / "trajectories")}

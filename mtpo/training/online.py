@@ -6,6 +6,7 @@ import copy
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -105,6 +106,10 @@ def train_online(
     prompts = prompt_order(problems, settings)
     num_steps = len(prompts) // settings.batch_size
     args = training_arguments(settings, out)
+    # Processes differ in how often they score, and must not exchange buffers, which are constants, each time. The
+    # option has another name in the newest torch, which transformers does not know.
+    args.ddp_broadcast_buffers = False
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     place_model(model, settings, args.device)
     disable_dropout(model)
     reference = _reference(model, reference_model, settings)

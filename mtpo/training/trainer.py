@@ -309,7 +309,7 @@ class TrajectoryTrainer(Trainer):
         Args:
             prefix: of the trajectories whose log-ratios it is the mean of.
         """
-        rho = []
+        rho = [torch.zeros(0, dtype=torch.float64, device=self.args.device)]  # a process may have none
         for batch in batches:
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
