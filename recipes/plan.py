@@ -27,7 +27,7 @@ class Assumptions:
     """Of training on one GPU: 40 % of what an A100 can do in bfloat16."""
     turns: float = 3.5
     turn_tokens: float = 150.0
-    """Sampled in a turn."""
+    """Sampled in a turn; as many, and as many turns, as in `benchmarks.scaling`."""
     read_tokens: float = 225.0
     """Of question and tool output, in a trajectory."""
     usable: float = 0.875
