@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import gzip
+import itertools
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from typing import get_args
 
 from benchmarks.command import at_least
 from benchmarks.soak_expected import Key, differs_by_told_loss, make_undisturbed, outcomes
-from benchmarks.soak_faults import Plan, family_of, kill_one, plan_kills
+from benchmarks.soak_faults import Family, Plan, family_of, kill_one, plan_kills
 from benchmarks.soak_model import NAME, make_problems, next_turn
 from benchmarks.soak_watch import Check, Watch, report
 from data.problems import load_problems, write_problems
@@ -54,10 +55,10 @@ TRAJECTORIES_PER_KILL = {
 }
 """In the mean, while such are killed."""
 YOUNG = ("driver", "fork server", "grader")
-SECONDS_PER_KILL = {"driver": 20, "grader": 10, "grading worker": 2}
-"""The same while trajectories are labelled."""
-LABEL_S = 300
-"""For so long; it may well end before."""
+LABEL_KILLS = ["grading worker", "grading worker", "grader", "grading worker", "driver"] * 3
+"""Who is killed while trajectories are labelled, as long as that takes."""
+LOOKS_PER_KILL = 5
+"""A pair of answers that has lost three workers is given up, so there is time between two kills."""
 WATCHED = ("driver", "guardian", "fork server", "grader")
 POLL_S = 0.1
 CLEAN_UP_S = 120.0
@@ -97,8 +98,11 @@ class Siege:
     left: set[object] = field(default_factory=set)
     """Processes and files that outlived their owner."""
 
-    def run(self, recipe: str, config: Path, plan: Plan, progress: Callable[[], float]) -> None:
+    def run(self, recipe: str, config: Path, plan: Plan, progress: Callable[[Family], float]) -> None:
         """Start the recipe again and again until it ends by itself.
+
+        Args:
+            progress: how much work is done, from the processes of the moment.
 
         Raises:
             MtpoError: it ended with an error.
@@ -111,7 +115,7 @@ class Siege:
                 driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
                 try:
                     while driver.poll() is None:
-                        self._attack(driver.pid, plan, progress())
+                        self._attack(driver.pid, plan, progress)
                 finally:
                     driver.kill()
                 self._wait_until_all_is_gone()
@@ -121,12 +125,12 @@ class Siege:
                     *_, reason = Path(log.name).read_text().splitlines()
                     raise MtpoError(f"{recipe} ended with {driver.returncode}: {reason}")
 
-    def _attack(self, driver: int, plan: Plan, work: float) -> None:
+    def _attack(self, driver: int, plan: Plan, progress: Callable[[Family], float]) -> None:
         time.sleep(self.rng.uniform(0.0, 2 * POLL_S))
         family = family_of(driver)
         family |= {"driver": [driver], "engine server": [server.process.pid for server in self.servers]}
         self.watch.sample({part: family[part][0] for part in WATCHED if family[part]})
-        kill_one(plan, work, family, self.rng, self.counts)
+        kill_one(plan, progress(family), family, self.rng, self.counts)
         for server in self.servers:
             if server.process.poll() is not None:
                 server.start()
@@ -200,7 +204,7 @@ def generate_under_fire(siege: Siege, folder: Path, options: argparse.Namespace)
     plan = plan_kills(options.trajectories, TRAJECTORIES_PER_KILL, siege.rng, young=YOUNG)
     journal = folder / "killed" / "trajectories"
     for _ in range(MAX_ROUNDS):
-        siege.run("recipes.generate", folder / "generate.json", plan, functools.partial(num_written, journal))
+        siege.run("recipes.generate", folder / "generate.json", plan, lambda _: num_written(journal))
         if not summarize(journal).faults:
             break
     return plan
@@ -223,16 +227,17 @@ def _num_lines(closed: Path) -> int:
 
 def label_under_fire(siege: Siege, folder: Path) -> None:
     """Label what was expected in peace, and what was made while processes are killed."""
-    for name, work_per_kill in (("expected", {}), ("killed", SECONDS_PER_KILL)):
+    plan: Plan = [(LOOKS_PER_KILL * number, part) for number, part in enumerate(LABEL_KILLS, start=1)]
+    for name, kills in (("expected", []), ("killed", plan)):
         config = folder / f"label_{name}.json"
         out = str(folder / f"{name}_labels")
         write_json(config, {"trajectories": [str(folder / name)], "kind": "binary", "out": out})
-        plan = plan_kills(LABEL_S, work_per_kill, siege.rng, young=())
-        siege.run("recipes.label", config, plan, functools.partial(_seconds_since, time.monotonic()))
+        siege.run("recipes.label", config, kills, functools.partial(_num_looks, itertools.count()))
 
 
-def _seconds_since(start: float) -> float:
-    return time.monotonic() - start
+def _num_looks(looks: Iterator[int], family: Family) -> int:
+    """How often there was a grading worker to be seen; 0 while there is none, so that nobody is killed."""
+    return next(looks) if family["grading worker"] else 0
 
 
 def checks(siege: Siege, folder: Path, num: int, unkilled: Plan) -> Iterator[Check]:

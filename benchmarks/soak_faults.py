@@ -15,6 +15,9 @@ from sandbox.processes import generations, stat_fields
 Plan = list[tuple[float, str]]
 """After how much work, in ascending order, a process of which part is killed."""
 
+Family = dict[str, list[int]]
+"""The living processes of each part."""
+
 LAST_KILL = 0.9
 """The share of the work after which nobody is killed any more."""
 
@@ -35,9 +38,7 @@ def plan_kills(
     return sorted(plan)
 
 
-def kill_one(
-    plan: Plan, work: float, family: Mapping[str, Sequence[int]], rng: random.Random, counts: Counter[str]
-) -> None:
+def kill_one(plan: Plan, work: float, family: Family, rng: random.Random, counts: Counter[str]) -> None:
     """Kill, with a signal that nothing can catch, the first that is due and alive, and take it out of the plan."""
     for due, part in plan:
         if due > work:
@@ -49,7 +50,7 @@ def kill_one(
             return plan.remove((due, part))
 
 
-def family_of(owner: int) -> dict[str, list[int]]:
+def family_of(owner: int) -> Family:
     """The processes of each part that the owner of a sandbox and of a grader has at the moment."""
     children, grandchildren, great_grandchildren = [*generations(owner), [], [], []][:3]
     guardians = [pid for pid in children if "guardian" in _command(pid)]

@@ -2,7 +2,10 @@
 
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +15,19 @@ from benchmarks.soak_faults import plan_kills
 from benchmarks.soak_model import make_problems, next_turn
 from benchmarks.soak_watch import Footprint, judge_life
 from mtpo.trajectory import Execution
-from tests.test_benchmarks import run
 
+ROOT = Path(__file__).resolve().parents[1]
 RIGHT = ("value = 3", "3", "ok")
 TOLD = (
     "value = value + 1",
     "[the interpreter died since the last cell; all variables are gone]\nNameError",
     "error",
 )
+
+
+def run(module: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def kept(stdout: str) -> dict[str, bool]:
@@ -38,7 +46,7 @@ def test_the_sandbox_soak_runs_and_every_answer_is_right() -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_gives_the_trajectories_and_labels_of_one_in_peace() -> None:
-    done = run("benchmarks.soak", "--trajectories", "60", "--size", "4", "--isolation", "none")
+    done = run("benchmarks.soak", "--trajectories", "40", "--size", "4", "--isolation", "none")
     found = kept(done.stdout)
     for check in (
         "killed were",
