@@ -81,6 +81,12 @@ def test_the_papers_rows_are_planned_within_its_own_hours(path: Path, capsys: An
         float(value) for value in next(line for line in lines if line.startswith("all ")).split()[2:4]
     )
     assert 24 < hours < 48 and 10 < memory < 75
+    stages = {line[:16].strip(): line[16:].split() for line in lines}
+    assert stages["test"][:4] == ["4", "6,319", "x", "1"]  # four policies on GSM8K and MATH, greedy
+    assert stages["select on dev"][:4] == ["3", "1,000", "x", "11"]
+    previous = ["2", "20,000", "x", "10"]  # the first iteration has no earlier policy unless one is given
+    assert stages.get("sample previous", previous)[:4] == previous
+    assert ("sample previous" in stages) == (not path.stem.endswith("raft"))
     assert "one step of " in lines[-1] and not (tmp_path / "none").exists()
 
 
