@@ -69,7 +69,7 @@ class RunFolder:
                         f"not {options.get(key)!r}: take another --out"
                     )
             return folder
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(map(_is_foreign, path.iterdir()))):
             raise InputError(f"--out {path} exists and holds no run of mtpo: take another folder")
         path.mkdir(parents=True, exist_ok=True)
         record = {"options": options, "git_commit": git_commit(), "versions": versions()}
@@ -105,6 +105,11 @@ def write_json(path: Path, value: Any) -> None:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line, the whole file or nothing. Folders are made."""
     _write_whole(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is anything else than what a run leaves that was killed while it wrote its config."""
+    return not path.name.startswith(".config.json.")
 
 
 def _write_whole(path: Path, lines: Iterable[str]) -> None:

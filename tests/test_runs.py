@@ -39,6 +39,12 @@ def test_folder_of_something_else_is_never_taken(tmp_path: Path) -> None:
             RunFolder.open(tmp_path, Config(), resume=resume)
 
 
+def test_a_run_killed_while_it_wrote_its_config_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / ".config.json.4711").write_text('{"options": {"out"')
+    RunFolder.open(tmp_path, Config(seed=5), resume=True)
+    assert read_json(tmp_path / "config.json")["options"]["seed"] == 5
+
+
 def test_resuming_with_another_option_names_it(tmp_path: Path) -> None:
     RunFolder.open(tmp_path / "run", Config(), resume=False)
     with pytest.raises(InputError, match="was made with seed = 0, not 1"):
