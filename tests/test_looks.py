@@ -112,6 +112,18 @@ def test_a_policy_that_plays_the_first_action_against_one_that_plays_another(
     assert "| eval_preference/reference |" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_equal_policies_draw_independently(tmp_path: Path) -> None:
+    """Or P would be that of two who always do the same."""
+    many = [Problem(f"p{i}", "your move", "") for i in range(12)]
+    frozen = OnlineSettings(method="mtpo", learning_rate=1e-3, epochs=8, batch_size=8, value_warmup_steps=1)
+    play_game(GAME, GAME.mu, frozen, tmp_path, eval_problems=many)
+    drawn = set()
+    for journal in tmp_path.glob("looks/*/*/trajectories"):
+        finals = {t.problem_id: t.metadata["final"] for t in STORAGE.read(journal)}
+        drawn.add(tuple(finals[problem.id] for problem in many))
+    assert len(drawn) == 3  # of the reference, and of the policy before and after
+
+
 def test_what_the_judge_cannot_tell_and_what_a_limit_cut_short_is_counted(tmp_path: Path) -> None:
     class Unsure(Judged):
         async def prefer(self, first: Trajectory, second: Trajectory, problem: Problem) -> float | None:

@@ -249,16 +249,17 @@ def test_a_ratio_that_is_not_finite_skips_its_step(tmp_path: Path) -> None:
     assert skipped == np.cumsum(forbidden).tolist()
 
 
+@pytest.mark.parametrize(("micro_batch_size", "fails_at"), [(8, 1), (4, 4)])
 def test_a_loss_that_is_not_finite_leaves_weights_and_momenta(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    micro_batch_size: int, fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps, the second of which fails, are one step."""
-    options = {"lr_schedule": "constant", "value_learning_rate": 0.3}
+    """Two steps, the second of which fails, are one step. Two micro-batches are scored first for their moments."""
+    options = {"lr_schedule": "constant", "value_learning_rate": 0.3, "micro_batch_size": micro_batch_size}
     once = play_game(GAME, START, settings("mtpo", epochs=8, **options), tmp_path / "one")
     calls = itertools.count()
 
     def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return batch_logps(*args, **kwargs) * (torch.inf if next(calls) == 1 else 1)
+        return batch_logps(*args, **kwargs) * (torch.inf if next(calls) == fails_at else 1)
 
     monkeypatch.setattr(trainer, "batch_logps", broken)
     twice = play_game(GAME, START, settings("mtpo", epochs=16, **options), tmp_path / "two")

@@ -55,6 +55,19 @@ def test_a_run_leaves_its_trajectories_figures_and_a_model_to_sample_from(
     assert generate.main([str(a) for a in [*argv, "--out", tmp_path / "again", *SHORT]]) == 0
 
 
+def test_an_adapter_is_compared_with_the_policy_without_it(
+    coin: Path, problems: Path, tmp_path: Path
+) -> None:
+    more = ("--lora_rank", "2", "--eval_problems", str(problems), "--learning_rate", "0.02")
+    assert online.main(command(coin, problems, tmp_path / "run", "online_ipo", *more)) == 0
+    before, after = (json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines())
+    assert (before["step"], after["step"]) == (0, 4)
+    assert before["eval_kl/trajectory"] == pytest.approx(0, abs=1e-5)
+    assert abs(after["eval_kl/trajectory"]) > 1e-3
+    assert after["eval_num/reference"] == after["eval_num/previous"] == 16
+    assert 0 <= after["eval_preference/reference"] <= 1
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_model(coin: Path, problems: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"

@@ -159,9 +159,13 @@ class OnlineTrainer(TrajectoryTrainer):
         """Of the advantages of the step's turns, over all micro-batches and processes."""
         found: list[float] = []
         for batch in batches:
-            with self.compute_loss_context_manager():
-                of = turns_of(self._scores(self.model_wrapped, batch), self.settings.options)  # pyright: ignore
-            found += of.advantages[of.valid].tolist()
+            try:
+                with self.compute_loss_context_manager():
+                    of = turns_of(self._scores(self.model_wrapped, batch), self.settings.options)  # pyright: ignore
+            except NotFinite as error:
+                self._break(str(error))
+            else:
+                found += of.advantages[of.valid].tolist()
         joint = [value for part in gather_object([found]) for value in part]
         return moments(torch.tensor(joint, dtype=torch.float64)) if joint else None
 
