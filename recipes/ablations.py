@@ -3,8 +3,8 @@
     python -m recipes.ablations --arms recipes/configs/ablations/claims.yaml --out runs/claims
 
 An arms file names the arms by their options of recipes.iterate, or of recipes.online where the method is one of its
-own; what all arms, all offline or all online ones share; and the learning rates to choose from. The others are compared
-with the first arm:
+own; what all arms, all offline or all online ones share; and the learning rates to choose from, at the top or in any of
+these places. The others are compared with the first arm:
 
     learning_rates: [1.0e-4, 3.0e-4, 1.0e-3]
     common: {batch_size: 16}
@@ -114,9 +114,9 @@ class Arms:
         rates, options = {}, {}
         for name, own in content["arms"].items():
             own = dict(own or {})
-            rates[name] = own.pop("learning_rates", content.get("learning_rates", []))
             kind = "online" if is_online(own) else "offline"
             options[name] = {**content.get("common", {}), **content.get(kind, {}), **own}
+            rates[name] = options[name].pop("learning_rates", content.get("learning_rates", []))
             if not rates[name]:
                 raise InputError(f"--arms {path}, arm {name!r}: there is no learning rate to choose from")
             try:

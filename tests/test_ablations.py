@@ -29,7 +29,7 @@ def test_each_arm_gets_the_rate_that_is_best_on_dev_and_of_equals_the_smaller(
 ) -> None:
     path = arms_file(
         tmp_path,
-        "learning_rates: [1.0e-4, 3.0e-4]\ncommon: {iterations: 1}\narms:\n"
+        "learning_rates: [7]\noffline: {iterations: 1, learning_rates: [1.0e-4, 3.0e-4]}\narms:\n"
         "  a: {method: dpo}\n  b: {method: kto}\n  c: {method: raft, learning_rates: [1.0e-3]}\n",
     )
     dev = {("a", 1e-4): 0.5, ("a", 3e-4): 0.7, ("b", 1e-4): 0.6, ("b", 3e-4): 0.6, ("c", 1e-3): 0.1}
