@@ -42,7 +42,10 @@ class JudgeOptions:
 
     judge_urls: list[str] = field(
         default_factory=list,
-        metadata={"help": "with --judge llm: replicas of its OpenAI-style server, http://HOST:PORT"},
+        metadata={
+            "help": "with --judge llm: replicas of its OpenAI-style server, http://HOST:PORT; its token, if it wants "
+            f"one, is ${KEY_VARIABLE}"
+        },
     )
     judge_model: str | None = field(
         default=None, metadata={"help": "with --judge llm: the name that it is served under"}
