@@ -16,33 +16,26 @@ import functools
 import gzip
 import itertools
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
 from benchmarks.command import at_least
 from benchmarks.soak_expected import Key, differs_by_told_loss, make_undisturbed, outcomes
-from benchmarks.soak_faults import Family, Plan, family_of, kill_one, plan_kills
+from benchmarks.soak_faults import Family, Plan, plan_kills
 from benchmarks.soak_model import NAME, make_problems, next_turn
-from benchmarks.soak_watch import Check, Watch, report
+from benchmarks.soak_siege import Server, Siege
+from benchmarks.soak_watch import Check, report
 from data.problems import load_problems, write_problems
 from data.trajectories import summarize
-from mtpo.errors import MtpoError
 from mtpo.runs import write_json
 from recipes.tiny import train_tokenizer
 from sandbox.layers import Policy
-from sandbox.processes import adopt_orphans, descendants
+from sandbox.processes import adopt_orphans
 
-ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 10
 NUM_SERVERS = 2
 TRAJECTORIES_PER_KILL = {
@@ -59,94 +52,9 @@ LABEL_KILLS = ["grading worker", "grading worker", "grader", "grading worker", "
 """Who is killed while trajectories are labelled, as long as that takes."""
 LOOKS_PER_KILL = 5
 """A pair of answers that has lost three workers is given up, so there is time between two kills."""
-WATCHED = ("driver", "guardian", "fork server", "grader")
-POLL_S = 0.1
-CLEAN_UP_S = 120.0
-KILLED = -9
 MAX_ROUNDS = 5
 TOOL_TIMEOUT_S = 120.0
 """No cell takes as long, on whatever machine."""
-
-
-class Server:
-    """A replica of the model in a process of its own, at an address that stays its own."""
-
-    def __init__(self, tokenizer: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
-        self._command = [sys.executable, "-m", "benchmarks.soak_model", str(tokenizer), str(self.port)]
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, cwd=ROOT)
-
-    def stop(self) -> None:
-        self.process.communicate()
-
-
-@dataclass
-class Siege:
-    """A stage that is run to its end, however often its processes are killed."""
-
-    servers: list[Server]
-    scratch: Path
-    """For the temporary files of the stages, and nothing else."""
-    rng: random.Random
-    counts: Counter[str] = field(default_factory=Counter)
-    """Starts, and kills by part."""
-    watch: Watch = field(default_factory=Watch)
-    left: set[object] = field(default_factory=set)
-    """Processes and files that outlived their owner."""
-
-    def run(self, recipe: str, config: Path, plan: Plan, progress: Callable[[Family], float]) -> None:
-        """Start the recipe again and again until it ends by itself.
-
-        Args:
-            progress: how much work is done, from the processes of the moment.
-
-        Raises:
-            MtpoError: it ended with an error.
-        """
-        command = [sys.executable, "-m", recipe, "--config", str(config), "--resume"]
-        environment = os.environ | {"TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1"}
-        with config.with_suffix(".log").open("ab") as log:
-            while True:
-                self.counts[f"{recipe} started"] += 1
-                driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-                try:
-                    while driver.poll() is None:
-                        self._attack(driver.pid, plan, progress)
-                finally:
-                    driver.kill()
-                self._wait_until_all_is_gone()
-                if driver.returncode == 0:
-                    return
-                if driver.returncode != KILLED:
-                    *_, reason = Path(log.name).read_text().splitlines()
-                    raise MtpoError(f"{recipe} ended with {driver.returncode}: {reason}")
-
-    def _attack(self, driver: int, plan: Plan, progress: Callable[[Family], float]) -> None:
-        time.sleep(self.rng.uniform(0.0, 2 * POLL_S))
-        family = family_of(driver)
-        family |= {"driver": [driver], "engine server": [server.process.pid for server in self.servers]}
-        self.watch.sample({part: family[part][0] for part in WATCHED if family[part]})
-        kill_one(plan, progress(family), family, self.rng, self.counts)
-        for server in self.servers:
-            if server.process.poll() is not None:
-                server.start()
-
-    def _wait_until_all_is_gone(self) -> None:
-        """What an owner that was killed leaves behind ends by itself."""
-        deadline = time.monotonic() + CLEAN_UP_S
-        while left := self._orphans():
-            if time.monotonic() > deadline:
-                self.left |= left
-                return
-            time.sleep(POLL_S)
-
-    def _orphans(self) -> set[object]:
-        servers = {server.process.pid for server in self.servers}
-        return {*descendants(os.getpid()), *self.scratch.iterdir()} - servers - self.left
 
 
 def soak(folder: Path, options: argparse.Namespace) -> Iterator[Check]:

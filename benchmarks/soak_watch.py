@@ -38,7 +38,8 @@ class Watch:
                 footprint = Footprint(rss_mib(pid), num_descriptors(pid))
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            self._lives[part][pid].append(footprint)
+            if footprint.mib:  # the dead have none
+                self._lives[part][pid].append(footprint)
 
     def checks(self) -> Iterator[Check]:
         """Whether the last tenth of each life is as small as the first tenth after the warm-up."""
