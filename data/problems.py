@@ -97,8 +97,8 @@ def load_problems(spec: str, limit: int | None = None, *, strict: bool = True) -
     """
     if limit is not None and limit < 1:
         raise InputError(f"{spec}: the number of problems must be at least 1, got {limit}")
-    if "," in spec and not Path(spec).exists():
-        return _joined([part.strip() for part in spec.split(",")], strict=strict)[:limit]
+    if len(parts := _parts(spec)) > 1:
+        return _joined(parts, strict=strict)[:limit]
     if spec.startswith("generated:"):
         from data.generated import problems as generated_problems
 
@@ -122,8 +122,8 @@ def num_problems(spec: str, limit: int | None = None) -> int:
     Raises:
         InputError: as `load_problems`.
     """
-    if "," in spec and not Path(spec).exists():
-        count = sum(num_problems(part.strip()) for part in spec.split(","))
+    if len(parts := _parts(spec)) > 1:
+        count = sum(map(num_problems, parts))
     elif (found := _named(spec)) and "@" not in spec:
         known, split = found
         count = known.splits[split]
@@ -287,6 +287,11 @@ def parse_object(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object, got {type(row).__name__}")
     return row
+
+
+def _parts(spec: str) -> list[str]:
+    """The specs that commas join."""
+    return [spec] if Path(spec).exists() else [part.strip() for part in spec.split(",")]
 
 
 def _joined(specs: Sequence[str], *, strict: bool) -> list[Problem]:

@@ -256,7 +256,8 @@ def over_tiles(
     if _is_plain(head):
         gradient = gradient or _by_autograd(value)
         weight = _as_autocast(whole(head.weight))
-        return _Tiled.apply(hidden, weight, whole(head.bias), value, gradient, softcap, rows)
+        num_kept = MAX_KEPT // len(weight) if torch.is_grad_enabled() else 0
+        return _Tiled.apply(hidden, weight, whole(head.bias), value, gradient, softcap, rows, num_kept)
 
     def tile_value(hidden: Tensor, tile: slice) -> Tensor:
         return value(head_logits(model, hidden), tile)
@@ -288,10 +289,10 @@ class _Tiled(torch.autograd.Function):
         gradient: Callable[[Tensor, slice, Tensor], Tensor],
         softcap: float | None,
         rows: int,
+        num_kept: int,
     ) -> Tensor:
         values = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         buffer = _tile_buffer(hidden, weight, rows)
-        num_kept = MAX_KEPT // len(weight) if any(ctx.needs_input_grad) else 0
         kept = {}
         with torch.autocast(hidden.device.type, enabled=False):
             for tile in _tiles(len(hidden), rows, num_kept):
@@ -330,10 +331,7 @@ class _Tiled(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 

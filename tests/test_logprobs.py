@@ -91,6 +91,24 @@ def test_logits_that_wait_for_the_backward_pass_are_used_once(
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_no_logits_wait_where_there_is_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that wait end at a border between tiles."""
+    monkeypatch.setattr(logprobs, "MAX_TILE", 48 * 5)
+    monkeypatch.setattr(logprobs, "MAX_KEPT", 48 * 7)
+    model, computed = tiny_model("gemma2"), []
+    original = logprobs._tile_logits
+
+    def tile_logits(hidden: Tensor, *args: Any) -> Tensor:
+        computed.append(len(hidden))
+        return original(hidden, *args)
+
+    monkeypatch.setattr(logprobs, "_tile_logits", tile_logits)
+    logprobs.logps_after(model, torch.randn(15, 32), torch.arange(15))
+    with torch.no_grad():
+        logprobs.logps_after(model, torch.randn(15, 32), torch.arange(15))
+    assert computed == [5, 2, 5, 3, 5, 5, 5]
+
+
 def test_saturated_softcap() -> None:
     """Raw logits beyond the cap of 30: without the cap the values differ by nats, and so do the gradients."""
     model, rows = tiny_model("gemma2", dtype=torch.float64, std=0.3), batch()
