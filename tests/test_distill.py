@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import PreTrainedModel
 
 from mtpo.batches import Row, SingleCollator
@@ -24,7 +21,7 @@ from mtpo.models import load_model
 from mtpo.training import TrainingSettings, train
 from mtpo.training.distill import OnPolicy, OwnSamples
 from mtpo.trajectory import Segment, StopReason, Trajectory
-from tests.process_pair import leave_together
+from tests.child_processes import leave_together, start_pair
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_labels, tiny_singles
 
@@ -310,10 +307,7 @@ def test_bad_settings_are_refused(message: str) -> None:
         settings(**BAD_SETTINGS[message])
 
 
-def _distributed_worker(rank: int, port: int, out: str) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    torch.set_num_threads(1)
+def _distributed_worker(rank: int, out: str) -> None:
     _train_gkd(out)
     leave_together(out, rank)
 
@@ -326,11 +320,10 @@ def _train_gkd(out: str | Path) -> None:
 
 def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     """Each samples its own places, and means are over the tokens of both."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_distributed_worker, (port, str(tmp_path / "two")), nprocs=2, start_method="spawn")  # pyright: ignore
+    pair = start_pair(_distributed_worker, str(tmp_path / "two"))
     _train_gkd(tmp_path / "one")
+    while not pair.join():
+        pass
     one, two = (weights(load_model(tmp_path / name / "model")) for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True):

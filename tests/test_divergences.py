@@ -16,7 +16,7 @@ from mtpo.divergences import KL_FROM_POLICY, KL_FROM_REFERENCE, Comparison, logp
 from mtpo.errors import InputError
 from mtpo.logprobs import action_logps
 from mtpo.losses import Divergence
-from tests.process_pair import leave_together, start_pair
+from tests.child_processes import leave_together, start_pair
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_singles
 

@@ -1,11 +1,6 @@
 """recipes.evaluate and recipes.compare, end to end."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ from data.trajectories import read_trajectories
 from eval.predictions import read_predictions
 from mtpo.runs import read_json
 from recipes import compare, evaluate
+from tests.child_processes import kill_when
 from tests.coin import SHORT, write_problems_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,13 +75,8 @@ def test_a_run_killed_in_the_middle_ends_with_the_same_metrics(
 ) -> None:
     argv = ["--model", coin, "--problems", runs / "rounds.jsonl", *SHORT, "--samples", 4, "--temperature", 1]
     argv += ["--out", tmp_path / "run", "--max_in_flight", 2, "--resume"]
-    command = [sys.executable, "-m", "recipes.evaluate", *map(str, argv)]
     shard = tmp_path / "run" / "trajectories" / "00000.jsonl"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not shard.exists() or b"\n" not in shard.read_bytes():
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
+    kill_when(lambda: shard.exists() and b"\n" in shard.read_bytes(), evaluate.main, [str(a) for a in argv])
     assert 0 < len(list(read_trajectories(shard.parent))) < 32
     assert not (tmp_path / "run" / "metrics.json").exists()
     succeeds(evaluate.main, *argv)

@@ -16,7 +16,7 @@ import yaml
 
 from mtpo.models import load_model
 from recipes import train
-from tests.process_pair import CONFIGS, launcher_environment
+from tests.child_processes import CONFIGS, launcher_environment
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_pairs, tiny_singles
 from tests.tiny_tokenizers import make_tokenizer

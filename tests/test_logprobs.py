@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mtpo import logprobs
 from mtpo.errors import InputError
 from mtpo.logprobs import action_logps, head_logits
-from tests.process_pair import leave_together, start_pair
+from tests.child_processes import leave_together, start_pair
 from tests.tiny_models import Family, tiny_model
 
 SHAPES: tuple[Family, ...] = ("gemma", "gemma2", "gemma3", "llama")

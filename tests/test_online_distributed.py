@@ -14,8 +14,8 @@ from mtpo.tabular import TreeGame, cyclic_preference
 from mtpo.training.online import Paused
 from mtpo.training.online_settings import OnlineSettings
 from mtpo.trajectory import Problem, Trajectory
+from tests.child_processes import leave_together, start_pair
 from tests.games import FirstActionIsRight, Judged, game_table, play_game
-from tests.process_pair import leave_together, start_pair
 
 pytestmark = pytest.mark.slow
 

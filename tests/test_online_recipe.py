@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +13,10 @@ from mtpo.errors import JudgeUnavailable
 from mtpo.judges import VerifierJudge
 from mtpo.runs import read_json
 from recipes import generate, online
+from tests.child_processes import kill_when
 from tests.coin import SHORT, write_problems_file
 from tests.tiny_tokenizers import make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = ("--batch_size", "4", "--sync_steps", "2", "--learning_rate", "1e-3", "--num_checkpoints", "1")
 
 
@@ -73,12 +69,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_model(coin: Path, problems: Pa
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert online.main(command(coin, problems, whole, "mtpo")) == 0
     argv = command(coin, problems, torn, "mtpo")
-    process = subprocess.Popen([sys.executable, "-m", "recipes.online", *argv], cwd=ROOT)
     journal = torn / "rounds" / "00001" / "0-of-1" / "trajectories" / "00000.jsonl"
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(lambda: journal.exists() and journal.stat().st_size > 0, online.main, argv)
     assert online.main([*argv, "--resume"]) == 0
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (whole, torn)]
     assert weights[0] == weights[1]

@@ -16,6 +16,7 @@ from mtpo.batches import read_rows
 from mtpo.models import load_tokenizer
 from mtpo.runs import read_json
 from recipes import evaluate, generate, iterate, label, sft, train
+from tests.child_processes import kill_when
 from tests.coin import SHORT, write_problems_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -386,7 +387,7 @@ def lines_in(path: Path) -> int:
 def test_loop_killed_anywhere_ends_where_an_undisturbed_one_ends(coin: Path, tmp_path: Path) -> None:
     assert iterate.main(loop_arguments(coin, tmp_path, tmp_path / "whole")) == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "recipes.iterate", *loop_arguments(coin, tmp_path, out), "--resume"]
+    argv = [*loop_arguments(coin, tmp_path, out), "--resume"]
     for under_way in (
         lambda: lines_in(out / "iteration_1/current/trajectories/00000.jsonl") > 5,
         lambda: (out / "iteration_1/train").exists(),
@@ -394,14 +395,9 @@ def test_loop_killed_anywhere_ends_where_an_undisturbed_one_ends(coin: Path, tmp
         lambda: lines_in(out / "iteration_2/previous/trajectories/00000.jsonl") > 2,
         lambda: (out / "test").exists(),
     ):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not under_way():
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when(under_way, iterate.main, argv)
         assert not (out / "summary.json").exists()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert iterate.main(argv) == 0
     for part in ("iteration_1/current", "iteration_1/previous", "iteration_2/current", "test/start/greedy"):
         whole, killed = (
             {

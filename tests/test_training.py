@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -22,6 +21,7 @@ from mtpo.errors import GuardError, InputError
 from mtpo.models import load_model, load_tokenizer
 from mtpo.training import TrainingSettings, train
 from mtpo.training.mismatch import with_mismatched
+from tests.child_processes import start
 from tests.tiny_models import tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
 
@@ -294,8 +294,7 @@ def test_final_and_intermediate_models_load(tmp_path: Path) -> None:
     assert steps(tmp_path)[2]["epoch"] == pytest.approx(0.5)
 
 
-def _train_until_killed(_: int, out: str, method: str) -> None:
-    torch.set_num_threads(1)
+def _train_until_killed(out: str, method: str) -> None:
     model, calls = tiny_model("gemma2", std=0.1), 0
 
     def kill(*_: Any) -> None:
@@ -316,10 +315,9 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """With Muon, a learning-rate schedule, and a reference that must stay the policy of the first start."""
     straight = tiny_model("gemma2", std=0.1)
     train(straight, tiny_pairs(12), resumable("dpo"), tmp_path / "straight", progress=False)
-    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):  # pyright: ignore
-        mp.start_processes(  # pyright: ignore
-            _train_until_killed, (str(tmp_path / "killed"), "dpo"), nprocs=1, start_method="spawn"
-        )
+    process = start(_train_until_killed, str(tmp_path / "killed"), "dpo")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [step["step"] for step in steps(tmp_path / "killed")] == [1, 2, 3, 4]
     resumed, out = tiny_model("gemma2", std=0.1), tmp_path / "killed"
     with pytest.raises(InputError, match="holds checkpoint-3 of an earlier run"):

@@ -21,7 +21,7 @@ from mtpo.training import METHODS, TrainingSettings, run, train, trainer
 from mtpo.training.guards import EqualGradients
 from mtpo.training.online import train_online
 from mtpo.training.online_settings import OnlineSettings
-from tests.process_pair import launcher_environment, leave_together, start_pair
+from tests.child_processes import launcher_environment, leave_together, start_pair
 from tests.tiny_models import Family, tiny_model
 from tests.tiny_rows import tiny_labels, tiny_pairs, tiny_singles
 

@@ -1,5 +1,7 @@
-"""Two processes that train together in a test, as a launcher would start them."""
+"""Processes that a test starts. One server imports what they need, once, and forks them all."""
 
+import gc
+import multiprocessing
 import os
 import socket
 import time
@@ -12,16 +14,38 @@ import torch.multiprocessing as mp
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+multiprocessing.set_forkserver_preload(["recipes.iterate", "recipes.online", "accelerate.commands.launch"])
 CONFIGS = Path(__file__).resolve().parents[1] / "recipes" / "configs" / "accelerate"
 
 
+def start(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call function(*arguments) in a process of its own."""
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def kill_when(happened: Callable[[], bool], function: Callable[..., Any], *arguments: Any) -> None:
+    """Call function(*arguments) in a process of its own, and kill it as soon as something has happened."""
+    process = start(function, *arguments)
+    while not happened():
+        assert process.is_alive(), "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+
+
 def start_pair(worker: Callable[..., None], *arguments: Any) -> Any:
-    """Start worker(rank, *arguments) in two processes of one group; `.join()` is True once both are done."""
+    """Call worker(rank, *arguments) in two processes of one group, as a launcher would start them.
+
+    Returns:
+        What has a `join()` that is True once both are done.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = (_in_group, (port, worker, arguments))
-    return mp.start_processes(*processes, nprocs=2, join=False, start_method="spawn")  # pyright: ignore
+    return mp.start_processes(*processes, nprocs=2, join=False, start_method="forkserver")  # pyright: ignore
 
 
 def launcher_environment(config: str) -> dict[str, str]:
@@ -58,4 +82,5 @@ def _in_group(rank: int, port: int, worker: Callable[..., None], arguments: tupl
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
+    gc.freeze()  # as conftest.py
     worker(rank, *arguments)
