@@ -48,8 +48,9 @@ TRAJECTORIES_PER_KILL = {
 }
 """In the mean, while such are killed."""
 YOUNG = ("driver", "fork server", "grader")
-LABEL_KILLS = ["grading worker", "grading worker", "grader", "grading worker", "driver"] * 3
-"""Who is killed while trajectories are labelled, as long as that takes."""
+LABEL_KILLS = ["grading worker", "grading worker", "grader", "grading worker", "driver"]
+"""Who is killed, again and again, while trajectories are labelled, as long as that takes."""
+TRAJECTORIES_PER_LABEL_KILLS = 3000
 LOOKS_PER_KILL = 5
 """A pair of answers that has lost three workers is given up, so there is time between two kills."""
 MAX_ROUNDS = 5
@@ -71,7 +72,7 @@ def soak(folder: Path, options: argparse.Namespace) -> Iterator[Check]:
     try:
         unkilled = generate_under_fire(siege, folder, options)
         print(f"all made after {time.monotonic() - started:.0f} s: {dict(siege.counts)}", flush=True)
-        label_under_fire(siege, folder)
+        label_under_fire(siege, folder, options.trajectories)
     finally:
         for server in servers:
             server.stop()
@@ -133,9 +134,10 @@ def _num_lines(closed: Path) -> int:
         return sum(1 for _ in file)
 
 
-def label_under_fire(siege: Siege, folder: Path) -> None:
+def label_under_fire(siege: Siege, folder: Path, num: int) -> None:
     """Label what was expected in peace, and what was made while processes are killed."""
-    plan: Plan = [(LOOKS_PER_KILL * number, part) for number, part in enumerate(LABEL_KILLS, start=1)]
+    victims = LABEL_KILLS * max(1, num // TRAJECTORIES_PER_LABEL_KILLS)
+    plan: Plan = [(LOOKS_PER_KILL * number, part) for number, part in enumerate(victims, start=1)]
     for name, kills in (("expected", []), ("killed", plan)):
         config = folder / f"label_{name}.json"
         out = str(folder / f"{name}_labels")
@@ -192,7 +194,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--trajectories", type=at_least(SAMPLES), default=10_000, metavar="N", help=f"a multiple of {SAMPLES}"
+        "--trajectories", type=_whole_problems, default=10_000, metavar="N", help=f"a multiple of {SAMPLES}"
     )
     parser.add_argument(
         "--size",
@@ -204,6 +206,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--isolation", default="available", choices=get_args(Policy))
     parser.add_argument("--seed", type=int, default=0, help="fixes what is made, and who is killed when")
     return parser.parse_args(argv)
+
+
+def _whole_problems(text: str) -> int:
+    value = at_least(SAMPLES)(text)
+    if value % SAMPLES:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {SAMPLES}, got {value}")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

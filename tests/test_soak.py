@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import soak
 from benchmarks.sandbox_soak import Tally
 from benchmarks.soak_expected import Outcome, differs_by_told_loss
 from benchmarks.soak_faults import plan_kills
@@ -42,6 +43,13 @@ def test_the_sandbox_soak_runs_and_every_answer_is_right() -> None:
     assert found["no wrong"] and found["losses were"] and found["nothing left"], done.stdout + done.stderr
     assert {"owner flat", "guardian flat", "fork server"} < found.keys()  # too short a life to be judged
     assert (done.returncode == 0) == all(found.values())
+
+
+@pytest.mark.parametrize("value", ["16", "0", "ten"])
+def test_a_soak_is_of_whole_problems(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        soak.parse(["--trajectories", value])
+    assert "--trajectories" in capsys.readouterr().err
 
 
 @pytest.mark.slow
