@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from mtpo.batches import Row, RowKind
 from mtpo.errors import InputError
@@ -129,6 +130,7 @@ def one_step(config: Any, settings: TrainingSettings) -> TrainResult:
     settings = dataclasses.replace(
         settings, batch_size=NUM_ROWS, micro_batch_size=1, epochs=1, num_checkpoints=0, max_length=None
     )
+    transformers_logging.disable_progress_bar()  # what is saved is thrown away
     with tempfile.TemporaryDirectory() as folder:
         return train(model, random_rows(settings.recipe.rows), settings, folder, progress=False)
 

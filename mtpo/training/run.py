@@ -204,7 +204,9 @@ def place_model(model: PreTrainedModel, settings: TrainingSettings, device: torc
         elif settings.computes_in_bfloat16 and settings.lora_rank is None:
             keep_trained_weights_in_float32(model)
     if settings.gradient_checkpointing:
-        unwrapped(model).gradient_checkpointing_enable({"use_reentrant": False})
+        inner = unwrapped(model)
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # warns where its older name is used
+        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def trainable(model: PreTrainedModel, settings: TrainingSettings) -> PreTrainedModel:
