@@ -203,7 +203,8 @@ def run_all(out: Path, arms: Arms, config: Config, run_each: Map) -> dict[str, A
     by_arm: dict[str, list[Correct]] = {arm: [] for arm in arms.options}
     for trial, correct in zip(final, tested, strict=True):
         by_arm[trial.arm].append(correct)
-    return summarize(by_arm, starts, chosen, dev)
+    subjects = {problem.id: str(problem.subject) for problem in problems("test", config.test)}
+    return summarize(by_arm, starts, chosen, dev, subjects)
 
 
 def summarize(
@@ -211,8 +212,9 @@ def summarize(
     starts: Sequence[Correct],
     chosen: Mapping[str, float],
     dev: Mapping[str, Mapping[float, Sequence[float]]],
+    subjects: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Accuracies with intervals, and differences from the first arm.
+    """Accuracies with intervals, of all problems and of each subject, and differences from the first arm.
 
     The interval of a difference draws problems again, with all seeds of a problem together, so that it holds for these
     seeds' supervised models and says nothing about others.
@@ -220,24 +222,17 @@ def summarize(
     baseline = next(iter(by_arm.values()))
     arms = {}
     for arm, runs in by_arm.items():
-        accuracies = [fmean(run.values()) for run in runs]
         differences = _mean_by_problem(runs, baseline)
         arms[arm] = {
             "learning_rate": chosen[arm],
             "dev": {f"{rate:g}": list(values) for rate, values in dev[arm].items()},
-            "accuracy": fmean(accuracies),
-            "by_seed": accuracies,
-            "interval": _pooled_interval(runs),
+            **_accuracies(runs, subjects),
             "difference": fmean(differences),
             "difference_interval": bootstrap_interval(differences)
             if any(differences)
             else Interval(0.0, 0.0),
         }
-    before = [fmean(run.values()) for run in starts]
-    return {
-        "start": {"accuracy": fmean(before), "by_seed": before, "interval": _pooled_interval(starts)},
-        "arms": arms,
-    }
+    return {"start": _accuracies(starts, subjects), "arms": arms}
 
 
 def as_table(results: Mapping[str, Any]) -> str:
@@ -252,8 +247,9 @@ def as_table(results: Mapping[str, Any]) -> str:
         low, high = (100 * x for x in row["interval"])
         by_seed = ", ".join(f"{100 * x:.1f}" for x in row["by_seed"])
         rate, difference = "-", "-"
-        if "difference" in row:
+        if "learning_rate" in row:
             rate = f"{row['learning_rate']:g}"
+        if name not in ("before", next(iter(results["arms"]))):
             a, b = (100 * x for x in row["difference_interval"])
             difference = f"{100 * row['difference']:+.1f} [{a:+.1f}, {b:+.1f}]"
         lines.append(
@@ -427,8 +423,19 @@ def _mean_by_problem(runs: Sequence[Correct], baseline: Sequence[Correct]) -> li
     return [fmean(run[name] - base[name] for run, base in pairs) for name in runs[0]]
 
 
-def _pooled_interval(runs: Sequence[Correct]) -> Interval:
-    return wilson_interval(sum(sum(run.values()) for run in runs), sum(len(run) for run in runs))
+def _accuracies(runs: Sequence[Correct], subjects: Mapping[str, str]) -> dict[str, Any]:
+    """Of one policy a seed."""
+    by_subject = {
+        subject: _pooled([{name: run[name] for name in run if subjects[name] == subject} for run in runs])
+        for subject in sorted(set(subjects.values()))
+    }
+    return {"by_seed": [fmean(run.values()) for run in runs], **_pooled(runs), "by_subject": by_subject}
+
+
+def _pooled(runs: Sequence[Correct]) -> dict[str, Any]:
+    """Runs that answered equally many problems."""
+    num_correct, num = sum(sum(run.values()) for run in runs), sum(len(run) for run in runs)
+    return {"accuracy": num_correct / num, "interval": wilson_interval(num_correct, num)}
 
 
 if __name__ == "__main__":

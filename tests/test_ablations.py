@@ -42,6 +42,9 @@ def test_each_arm_gets_the_rate_that_is_best_on_dev_and_of_equals_the_smaller(
     monkeypatch.setattr(ablations, "train_supervised", lambda task: None)
     monkeypatch.setattr(ablations, "train_arm", train_arm)
     monkeypatch.setattr(ablations, "arm_answers", lambda job: {"p": job.learning_rate > 2e-4, "q": True})
+    monkeypatch.setattr(
+        ablations, "problems", lambda *_: [Problem("p", "?", "1", subject="s"), Problem("q", "?", "1")]
+    )
     monkeypatch.setattr(ablations, "start_answers", lambda job: {"p": False, "q": True})
     config = Config(arms=path, out=str(tmp_path / "out"), seeds=[4, 5], tuning_seeds=[3])
     results = run_all(tmp_path, Arms.read(path), config, lambda function, jobs: list(map(function, jobs)))
@@ -51,22 +54,29 @@ def test_each_arm_gets_the_rate_that_is_best_on_dev_and_of_equals_the_smaller(
     assert {(arm, rate) for arm, rate, seed in trained if seed != 3} == set(rates.items())
     assert results["arms"]["a"]["by_seed"] == [1.0, 1.0]
     assert results["start"]["accuracy"] == 0.5
+    assert results["start"]["by_subject"]["s"]["accuracy"] == 0.0
 
 
 def test_accuracies_and_differences_by_hand() -> None:
     base = [{"p": True, "q": False, "r": False, "s": False}, {"p": True, "q": True, "r": False, "s": False}]
     other = [{"p": True, "q": True, "r": False, "s": False}, {"p": True, "q": True, "r": True, "s": True}]
-    found = summarize(
-        {"base": base, "other": other}, base, {"base": 1e-4, "other": 1e-4}, {"base": {}, "other": {}}
-    )
+    subjects = {"p": "sum", "q": "branch", "r": "branch", "s": "branch"}
+    rates, dev = {"base": 1e-4, "other": 1e-4}, {"base": {}, "other": {}}
+    found = summarize({"base": base, "other": other}, base, rates, dev, subjects)
     row = found["arms"]["other"]
+    assert {name: score["accuracy"] for name, score in row["by_subject"].items()} == {
+        "branch": 4 / 6,
+        "sum": 1.0,
+    }
+    assert found["start"]["by_subject"]["branch"]["accuracy"] == 1 / 6
     assert (row["by_seed"], row["accuracy"]) == ([0.5, 1.0], 0.75)
     assert row["difference"] == pytest.approx(3 / 8)
     # p never changes, the others do in one seed of two: the mean of 4 draws lies in [0, 0.5], seldom at an end
     low, high = row["difference_interval"]
     assert 0 <= low < 3 / 8 < high <= 0.5
     assert found["arms"]["base"]["difference"] == 0
-    line = as_table(found).splitlines()[-1]
+    *_, first, line = as_table(found).splitlines()
+    assert first.endswith("| 25.0, 50.0 | - |")
     assert line.startswith("| other | 0.0001 | 75.0 [") and "| 50.0, 100.0 | +37.5 [" in line
 
 
