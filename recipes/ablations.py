@@ -17,8 +17,9 @@ these places. The others are compared with the first arm:
 
 Every seed has a supervised model of its own, from which all arms start. Each arm's learning rate is the one with the
 best accuracy on dev problems over the tuning seeds; only then are its final policies tested, on problems that nothing
-was chosen by. OUT/results.json has every figure, OUT/table.md the table, OUT/accuracy.png the picture. What is done is
-kept, and --workers runs go on side by side.
+was chosen by. An online run that stops itself ends with the best of its checkpoints, and the table says so.
+OUT/results.json has every figure, OUT/table.md the table, OUT/accuracy.png the picture. What is done is kept, and
+--workers runs go on side by side.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from data.problems import write_problems
 from eval.evaluate import correct_by_problem
 from eval.metrics import Interval, bootstrap_interval, wilson_interval
 from mtpo.cli import run_recipe
-from mtpo.errors import InputError
+from mtpo.errors import GuardError, InputError
 from mtpo.models import holds_model
 from mtpo.runs import RunFolder, read_json, write_json
 from mtpo.training.online_methods import ONLINE_METHODS
@@ -204,7 +205,8 @@ def run_all(out: Path, arms: Arms, config: Config, run_each: Map) -> dict[str, A
     for trial, correct in zip(final, tested, strict=True):
         by_arm[trial.arm].append(correct)
     subjects = {problem.id: str(problem.subject) for problem in problems("test", config.test)}
-    return summarize(by_arm, starts, chosen, dev, subjects)
+    stopped = {f"{trial.arm}, seed {trial.seed}": why for trial in final if (why := why_stopped(trial))}
+    return {**summarize(by_arm, starts, chosen, dev, subjects), "stopped": stopped}
 
 
 def summarize(
@@ -255,6 +257,8 @@ def as_table(results: Mapping[str, Any]) -> str:
         lines.append(
             f"| {name} | {rate} | {100 * row['accuracy']:.1f} [{low:.1f}, {high:.1f}] | {by_seed} | {difference} |"
         )
+    for name, why in results.get("stopped", {}).items():
+        lines.append(f"\n{name}, stopped itself and was tested with the best of its checkpoints: {why}")
     return "\n".join(lines)
 
 
@@ -313,6 +317,11 @@ def arm_answers(job: Job) -> dict[str, bool]:
     return _answers(job, job.folder / "test", read_json(_selected(job))["model"])
 
 
+def why_stopped(job: Job) -> str | None:
+    """What a run that stopped itself said."""
+    return read_json(_selected(job)).get("stopped")
+
+
 def start_answers(job: Job) -> dict[str, bool]:
     """Which held-out problems the supervised model answers."""
     return _answers(job, job.out / f"seed_{job.seed}" / "test", _start(job))
@@ -354,16 +363,24 @@ def _train_online(job: Job, selected: Path) -> None:
         "problems": str(prompts),
         "out": str(job.folder / "train"),
     }
-    train_online_policy(online_config(job.run_options, job.learning_rate, job.seed, **places))
+    stopped = None
+    try:
+        train_online_policy(online_config(job.run_options, job.learning_rate, job.seed, **places))
+    except GuardError as error:
+        stopped = str(error)
+    models = sorted(path for path in (job.folder / "train").iterdir() if holds_model(path))
+    if not models:
+        raise GuardError(f"{job.folder}: {stopped}")
     dev = {}
-    for model in sorted(path for path in (job.folder / "train").iterdir() if holds_model(path)):
+    for model in models:
         dev[model.name] = fmean(
             _graded(
                 job, job.folder / "dev" / model.name, str(model), problems("dev", job.config.dev)
             ).values()
         )
     best = max(dev, key=lambda name: (dev[name], name == "model"))
-    write_json(selected, {"model": str(job.folder / "train" / best), "checkpoint": best, "dev": dev})
+    found = {"model": str(job.folder / "train" / best), "checkpoint": best, "dev": dev, "stopped": stopped}
+    write_json(selected, found)
 
 
 def _check_options(job: Job) -> None:

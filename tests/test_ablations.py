@@ -6,12 +6,24 @@ from typing import Any
 
 import pytest
 
-from mtpo.errors import InputError
+from mtpo.errors import GuardError, InputError
 from mtpo.runs import write_json
 from mtpo.training.online_methods import ONLINE_METHODS
 from mtpo.trajectory import Problem
 from recipes import ablations
-from recipes.ablations import Arms, Config, Job, as_table, draw, is_online, run_all, summarize
+from recipes.ablations import (
+    Arms,
+    Config,
+    Job,
+    as_table,
+    draw,
+    is_online,
+    run_all,
+    summarize,
+    train_arm,
+    why_stopped,
+)
+from recipes.online import Config as OnlineConfig
 from tests.coin import WHO
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +53,7 @@ def test_each_arm_gets_the_rate_that_is_best_on_dev_and_of_equals_the_smaller(
 
     monkeypatch.setattr(ablations, "train_supervised", lambda task: None)
     monkeypatch.setattr(ablations, "train_arm", train_arm)
+    monkeypatch.setattr(ablations, "why_stopped", lambda job: "too fast" if job.arm == "b" else None)
     monkeypatch.setattr(ablations, "arm_answers", lambda job: {"p": job.learning_rate > 2e-4, "q": True})
     monkeypatch.setattr(
         ablations, "problems", lambda *_: [Problem("p", "?", "1", subject="s"), Problem("q", "?", "1")]
@@ -55,6 +68,10 @@ def test_each_arm_gets_the_rate_that_is_best_on_dev_and_of_equals_the_smaller(
     assert results["arms"]["a"]["by_seed"] == [1.0, 1.0]
     assert results["start"]["accuracy"] == 0.5
     assert results["start"]["by_subject"]["s"]["accuracy"] == 0.0
+    assert results["stopped"] == {"b, seed 4": "too fast", "b, seed 5": "too fast"}
+    assert as_table(results).endswith(
+        "\nb, seed 5, stopped itself and was tested with the best of its checkpoints: too fast"
+    )
 
 
 def test_accuracies_and_differences_by_hand() -> None:
@@ -110,6 +127,28 @@ def test_the_arms_that_are_shipped_sample_equally_much(path: Path) -> None:
     budgets = set(map(budget, Arms.read(str(path)).options.values()))
     # the policy before the first iteration's is none, so a mixture samples a little less
     assert budgets == {3200}
+
+
+@pytest.mark.parametrize("num_checkpoints", [0, 1])
+def test_a_run_that_stops_itself_ends_with_its_best_checkpoint(
+    coin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_checkpoints: int
+) -> None:
+    def train(config: OnlineConfig) -> None:
+        Path(config.out).mkdir(parents=True)
+        for number in range(num_checkpoints):
+            (Path(config.out) / f"checkpoint-{number}").symlink_to(coin)
+        raise GuardError("11 steps had no finite gradient")
+
+    monkeypatch.setattr(ablations, "train_online_policy", train)
+    monkeypatch.setattr(ablations, "_graded", lambda *_: {"p": True, "q": False})
+    config = Config(arms="", out=str(tmp_path), dev=2)
+    job = Job(tmp_path, 0, "nash", {"method": "nash_md", "prompts": 4}, 1e-3, config)
+    if num_checkpoints:
+        assert train_arm(job) == 0.5
+        assert why_stopped(job) == "11 steps had no finite gradient"
+    else:
+        with pytest.raises(GuardError, match=r"nash/lr_0\.001: 11 steps"):
+            train_arm(job)
 
 
 @pytest.mark.slow
