@@ -24,9 +24,9 @@ endef
 quickstart: install
 	$(BIN)/python -m recipes.quickstart --out runs/quickstart --resume
 
-# Two files of tests at a time: each of them has processes, kernels and models of its own.
+# Three files of tests at a time, for two cores: much of a test is waiting for others.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The engines on vLLM itself: its CPU build, in an environment of its own because it pins torch and transformers.
 # `-rP` shows the measured log-prob errors. Where vLLM for GPUs is installed, `pytest -m vllm` runs the same.
