@@ -26,7 +26,7 @@ quickstart: install
 
 # Three files of tests at a time, for two cores: much of a test is waiting for others.
 test: install
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 # The engines on vLLM itself: its CPU build, in an environment of its own because it pins torch and transformers.
 # `-rP` shows the measured log-prob errors. Where vLLM for GPUs is installed, `pytest -m vllm` runs the same.
