@@ -51,8 +51,8 @@ find-vllm: install
 	touch $@
 
 # The oldest releases that pyproject.toml admits: what of theirs the library leans on.
-OLDEST := transformers==5.16.1 trl==1.16.0 accelerate==1.12.0 peft==0.19.0 datasets==4.7.0 jupyter_client==8.6.0 \
-	ipykernel==7.0.0 numpy==2.0.0
+OLDEST := transformers==5.16.1 trl==1.16.0 accelerate==1.12.0 peft==0.19.0 datasets==4.7.0 jupyter_client==8.9.0 \
+	ipykernel==7.4.0 numpy==2.0.0
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/test_chat.py tests/test_gemma_parity.py \
 		tests/test_golden_transcripts.py tests/test_layouts.py tests/test_logprobs.py tests/test_losses.py \
