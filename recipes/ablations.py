@@ -368,7 +368,7 @@ def _train_online(job: Job, selected: Path) -> None:
         train_online_policy(online_config(job.run_options, job.learning_rate, job.seed, **places))
     except GuardError as error:
         stopped = str(error)
-    models = sorted(path for path in (job.folder / "train").iterdir() if holds_model(path))
+    models = sorted(path for path in (job.folder / "train").glob("*") if holds_model(path))
     if not models:
         raise GuardError(f"{job.folder}: {stopped}")
     dev = {}

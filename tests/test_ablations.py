@@ -134,8 +134,8 @@ def test_a_run_that_stops_itself_ends_with_its_best_checkpoint(
     coin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_checkpoints: int
 ) -> None:
     def train(config: OnlineConfig) -> None:
-        Path(config.out).mkdir(parents=True)
         for number in range(num_checkpoints):
+            Path(config.out).mkdir(parents=True)
             (Path(config.out) / f"checkpoint-{number}").symlink_to(coin)
         raise GuardError("11 steps had no finite gradient")
 

@@ -80,7 +80,7 @@ def test_mask_covers_what_the_models_wrote_and_no_tool_output(labelled: dict[str
 def test_an_epoch_trains_on_them(
     gemma: Path, labelled: dict[str, Path], tmp_path: Path, method: str, kind: str
 ) -> None:
-    """On some forty rows, from first to last."""
+    """On what is short enough of some forty rows, from first to last."""
     rows = (labelled[kind] / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     rows = rows[:: len(rows) // 32]
     data = tmp_path / f"{kind}.jsonl"

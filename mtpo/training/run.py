@@ -205,8 +205,10 @@ def place_model(model: PreTrainedModel, settings: TrainingSettings, device: torc
             keep_trained_weights_in_float32(model)
     if settings.gradient_checkpointing:
         inner = unwrapped(model)
-        enable = getattr(inner, "activation_checkpointing_enable", None)  # warns where its older name is used
-        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+        newer = getattr(
+            inner, "activation_checkpointing_enable", None
+        )  # transformers warns of the older name
+        (newer or inner.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def trainable(model: PreTrainedModel, settings: TrainingSettings) -> PreTrainedModel:
