@@ -205,9 +205,7 @@ def place_model(model: PreTrainedModel, settings: TrainingSettings, device: torc
             keep_trained_weights_in_float32(model)
     if settings.gradient_checkpointing:
         inner = unwrapped(model)
-        newer = getattr(
-            inner, "activation_checkpointing_enable", None
-        )  # transformers warns of the older name
+        newer = getattr(inner, "activation_checkpointing_enable", None)  # the older name is deprecated
         (newer or inner.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
