@@ -6,6 +6,7 @@ one ordered stream. So one cap holds for all of it, before it costs memory or re
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import io
@@ -174,6 +175,8 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     shell._format_exception_for_storage = lambda *args, **kwargs: {}
     # The owner knows what it sent, and would read it back.
     kernel._publish_execute_input = lambda code, parent, execution_count: None
+    transform_cell = shell.transform_cell
+    shell.transform_cell = lambda code: code if _is_python(code) else transform_cell(code)
     shell.ask_exit = leave_cell  # exit() ends the cell, not the session
     shell.compile.get_code_name = name_cell
     if not limits.max_processes:
@@ -200,7 +203,7 @@ def describe_error(
             place = frame.f_code.co_filename, line
     if isinstance(error, SyntaxError) and error.filename and error.filename in sources:
         place = error.filename, error.lineno or 1
-    message = _message(error)
+    message = message_of(error)
     summary = f"{type(error).__name__}: {message}" if message else type(error).__name__
     if place is None:
         return summary
@@ -231,7 +234,7 @@ def limit_note(error: BaseException, limits: Limits) -> str:
     return f" [{note}]"
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return str(error.msg)
     try:
@@ -241,6 +244,15 @@ def _message(error: BaseException) -> str:
     if isinstance(error, ImportError) and error.path:
         message = message.replace(f" ({error.path})", "")
     return message
+
+
+def _is_python(code: str) -> bool:
+    """Whether there is nothing of IPython's own in the code: no magic, no prompt, no indent of the whole."""
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return not code.startswith("In [")  # a prompt that is also an annotation
 
 
 def _plain_text(data: dict[str, Any]) -> str:

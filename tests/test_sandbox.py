@@ -235,6 +235,14 @@ async def test_cells_may_await(session: Session) -> None:
     assert await texts(session, "x") == ["5"]
 
 
+async def test_what_parses_as_python_is_left_alone(session: Session) -> None:
+    assert await texts(session, "t = '''\n>>> a\n!b\n'''\nt", "%%capture\n1", "!ls is_no_program") == [
+        repr("\n>>> a\n!b\n"),
+        "[no output]",
+        "Line 1: !ls is_no_program\nOSError: programs cannot be started here, and nothing can be installed: use Python",
+    ]
+
+
 async def test_a_kernel_that_breaks_its_connection_stops_only_itself(session: Session) -> None:
     cell = (
         "import os, socket\nfor fd in range(3, 64):\n    try: socket.socket(fileno=os.dup(fd)).send(b'{}' * 50)\n"
