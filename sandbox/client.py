@@ -8,12 +8,12 @@ import signal
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import zmq
-import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
 from mtpo.errors import SandboxError
@@ -33,20 +33,33 @@ PYTHON_PATHS = {
 }
 LAST_WORDS_S = 0.02
 """How long to go on reading what a kernel sent before it died."""
-MAX_LATE_TURNS = 100
-"""Of the event loop, to take in the messages that have come: several times those of an ordinary cell."""
+MAX_NEWS_AT_ONCE = 16
+"""Messages of one kernel, before others have their turn: several times those of an ordinary cell."""
+LATEST = datetime.max.replace(tzinfo=UTC)
 NOT_A_MESSAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 """What jupyter_client, and reading its messages, raise for frames that are none, or not signed."""
 
 
-class FilelessManager(AsyncKernelManager):
-    """A manager whose kernel is told its connection directly, and whose clients it makes itself."""
+class PoolManager(AsyncKernelManager):
+    """A manager whose kernel is told its connection directly, and is signalled and killed, not asked.
+
+    Starts and ends at once: each time jupyter_client's own waits 10 ms, for its tests.
+    """
 
     def write_connection_file(self, **kwargs: object) -> None:
         """Nobody would read it, and it holds a key."""
 
     def _connect_control_socket(self) -> None:
-        """Kernels are signalled and killed, not asked."""
+        """Nobody would use it."""
+
+    async def start_kernel(self, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        command, kwargs = await self._async_pre_start_kernel(**kwargs)
+        await self._async_launch_kernel(command, **kwargs)
+        await self._async_post_start_kernel(**kwargs)
+
+    async def shutdown_kernel(self) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        await self._async_kill_kernel()
+        await self._async_cleanup_resources()
 
 
 class CopyError(SandboxError):
@@ -69,21 +82,64 @@ class CellResult:
     """It ended because its fork server did."""
 
 
+@dataclass(slots=True)
+class Cell:
+    """A cell that runs."""
+
+    message_id: str
+    excerpt: Excerpt
+    ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Done when the kernel is idle again, or gone."""
+    has_error: bool = False
+    began: datetime = LATEST
+    seconds: float | None = None
+    """What it took, as the kernel says; None before it is idle again."""
+
+    def take(self, kind: str, content: dict[str, Any], date: datetime) -> None:
+        """Take in what the kernel publishes of it. What is of another kind is dropped."""
+        match kind:
+            case "stream":
+                self.excerpt.add(_text(content["text"]))
+                self.excerpt.skip(max(0, int(content.get("num_cut", 0))))
+                self.excerpt.add(_text(content.get("tail", "")))
+            case "error":
+                self.has_error = True
+            case "iopub_welcome":
+                self.end()
+            case "status" if content["execution_state"] == "busy":
+                self.began = date
+            case "status" if content["execution_state"] == "idle":
+                self.seconds = (date - self.began).total_seconds()
+                self.end()
+
+    def end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
 class Kernel:
     """A kernel that is ready for cells. Made by `start_kernel`."""
 
     def __init__(
         self,
-        manager: AsyncKernelManager,
+        manager: PoolManager,
         process: KernelProcess,
         server: ForkServer,
         limits: Limits,
+        context: zmq.Context,
     ) -> None:
         self._manager = manager
         self._server = server
         self.process = process
         self._limits = limits
-        self._client = manager.client(context=manager.context)
+        self._shell, self._news = context.socket(zmq.DEALER), context.socket(zmq.SUB)
+        self._shell.connect(f"ipc://{manager.ip}-{manager.shell_port}")
+        self._news.subscribe(b"")
+        self._news.connect(f"ipc://{manager.ip}-{manager.iopub_port}")
+        self._cell = Cell("", Excerpt(0))  # no one's, whose first news is that all will be heard from now on
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._news.fileno(), self._take_news)
+        process.exited.add_done_callback(lambda _: self._loop.call_later(LAST_WORDS_S, self._cell.end))
 
     @property
     def exited(self) -> asyncio.Future[int | None]:
@@ -91,46 +147,40 @@ class Kernel:
         return self.process.exited
 
     async def connect(self) -> None:
-        """Connect while the kernel starts, and wait until no output can be missed.
+        """Wait until the kernel has started, and no output can be missed.
 
         Raises:
             SandboxError: the kernel did not start, or died first.
         """
-        self._client.start_channels(stdin=False, hb=False, control=False)
         await asyncio.shield(self.process.listening)
-        welcome = asyncio.ensure_future(self._client.get_iopub_msg())
-        try:
-            await asyncio.wait([welcome, self.exited], return_when="FIRST_COMPLETED")
-            if not welcome.done():
-                raise SandboxError(f"the kernel died while it started ({_death(self.exited.result())})")
-        finally:
-            welcome.cancel()
+        self._take_news()
+        await self._cell.ended
+        if self.exited.done():
+            raise SandboxError(f"the kernel died while it started ({_death(self.exited.result())})")
 
     async def run(self, code: str, timeout_s: float) -> CellResult:
         """Run one cell to its end, its deadline, or the end of the kernel."""
-        excerpt = Excerpt(self._limits.max_output_chars)
         started = time.monotonic()
+        request = self._manager.session.msg(
+            "execute_request",
+            {"code": _encodable(code), "silent": False, "store_history": True, "stop_on_error": False},
+        )
+        cell = self._cell = Cell(request["msg_id"], Excerpt(self._limits.max_output_chars))
         try:
-            message_id = self._client.execute(_encodable(code), allow_stdin=False, stop_on_error=False)
+            self._manager.session.send(self._shell, request)
         except zmq.Again:  # the code of an earlier cell has broken the connection
             return CellResult("", 0.0, is_kernel_gone=True, death="it could not be reached any more")
-        cell = asyncio.ensure_future(self._follow(message_id, excerpt))
         is_stopped = False
-        try:
-            if not await self._settles(cell, timeout_s) and not await _settles_late(cell):
-                is_stopped = True
-                self._server.signal(self.process, signal.SIGINT)
-                if not await self._settles(cell, self._limits.interrupt_grace_s):
-                    self.kill()
-            if not cell.done():
-                await asyncio.wait([cell], timeout=LAST_WORDS_S)
-        finally:
-            cell.cancel()
+        if not await self._ends(timeout_s):
+            is_stopped = True
+            self._server.signal(self.process, signal.SIGINT)
+            if not await self._ends(self._limits.interrupt_grace_s):
+                self.kill()
+                await self._ends(LAST_WORDS_S)
         seconds = time.monotonic() - started
-        output = self._without_host_paths(excerpt.text())
-        if cell.done() and not cell.cancelled():
-            has_error, own_seconds = cell.result()
-            return CellResult(output, min(max(own_seconds, 0.0), seconds), has_error, is_stopped)
+        output = self._without_host_paths(cell.excerpt.text())
+        if cell.seconds is not None:
+            return CellResult(output, min(max(cell.seconds, 0.0), seconds), cell.has_error, is_stopped)
         is_lost = self.exited.done() and self.exited.result() is None
         if is_stopped:
             return CellResult(output, seconds, is_stopped=True, is_kernel_gone=True, is_fault=is_lost)
@@ -143,44 +193,40 @@ class Kernel:
 
     async def shutdown(self) -> None:
         """End the kernel if it lives, and remove its files."""
-        await self._manager.shutdown_kernel(now=True)
-        self._client.shell_channel.stop()
-        self._client.iopub_channel.stop()
+        self._loop.remove_reader(self._news.fileno())
+        self._shell.close()
+        self._news.close()
+        await self._manager.shutdown_kernel()
 
-    async def _settles(self, cell: asyncio.Future, timeout_s: float) -> bool:
+    async def _ends(self, timeout_s: float) -> bool:
         """Whether the cell, or the kernel, ends within the time."""
-        done, _ = await asyncio.wait([cell, self.exited], timeout=timeout_s, return_when="FIRST_COMPLETED")
-        return bool(done)
+        ended = self._cell.ended
+        await asyncio.wait([ended], timeout=timeout_s)
+        if not ended.done():
+            self._take_news()  # this event loop may have been busy with other things
+        return ended.done()
 
-    async def _follow(self, message_id: str, excerpt: Excerpt) -> tuple[bool, float]:
-        """Collect the output of a cell until the kernel is idle again.
+    def _take_news(self) -> None:
+        """Take in what the kernel has published.
 
-        What does not follow the protocol is dropped: the code of the model can send whatever it likes.
-
-        Returns:
-            Whether the cell raised, and how many seconds it took, both as the kernel says.
+        What does not follow the protocol, or belongs to a cell that is over, is dropped: the code of the model can
+        send whatever it likes.
         """
-        has_error, began = False, datetime.max.replace(tzinfo=UTC)
-        while True:
-            await asyncio.sleep(0)  # a flood of messages would leave no turn to the others of this event loop
+        for _ in range(MAX_NEWS_AT_ONCE):
+            if self._news.closed:
+                return
             try:
-                message = await self._client.get_iopub_msg()
-                if message["parent_header"].get("msg_id") != message_id:
-                    continue  # late words of a cell that is over
-                content, date = message["content"], message["header"]["date"]
-                match message["msg_type"]:
-                    case "stream":
-                        excerpt.add(_text(content["text"]))
-                        excerpt.skip(max(0, int(content.get("num_cut", 0))))
-                        excerpt.add(_text(content.get("tail", "")))
-                    case "error":
-                        has_error = True
-                    case "status" if content["execution_state"] == "busy":
-                        began = date
-                    case "status" if content["execution_state"] == "idle":
-                        return has_error, (date - began).total_seconds()
+                frames = self._news.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                _, frames = self._manager.session.feed_identities(frames)
+                news = self._manager.session.deserialize(frames)
+                if news["parent_header"].get("msg_id", "") == self._cell.message_id:
+                    self._cell.take(news["msg_type"], news["content"], news["header"]["date"])
             except NOT_A_MESSAGE:
                 continue
+        self._loop.call_soon(self._take_news)
 
     def _without_host_paths(self, text: str) -> str:
         """Say `.` for the session's directory, and the same names for Python's on every machine."""
@@ -191,7 +237,7 @@ class Kernel:
 
 async def start_kernel(
     server: ForkServer,
-    context: zmq.asyncio.Context,
+    context: zmq.Context,
     address: Path,
     limits: Limits,
     original: Kernel | None = None,
@@ -204,8 +250,7 @@ async def start_kernel(
     Raises:
         SandboxError: it did not start.
     """
-    manager = FilelessManager(
-        context=context,
+    manager = PoolManager(
         kernel_spec_manager=SPECS,
         kernel_name="mtpo",
         connection_file=f"{address}.json",
@@ -217,21 +262,12 @@ async def start_kernel(
     try:
         await manager.start_kernel()
         assert provisioner.process is not None
-        kernel = Kernel(manager, provisioner.process, server, limits)
+        kernel = Kernel(manager, provisioner.process, server, limits, context)
         await kernel.connect()
     except BaseException:
-        await asyncio.shield(manager.shutdown_kernel(now=True) if kernel is None else kernel.shutdown())
+        await asyncio.shield(manager.shutdown_kernel() if kernel is None else kernel.shutdown())
         raise
     return kernel
-
-
-async def _settles_late(cell: asyncio.Future) -> bool:
-    """Whether a cell has ended of which this event loop, busy with other things, has not heard yet."""
-    for _ in range(MAX_LATE_TURNS):
-        if cell.done():
-            return True
-        await asyncio.sleep(0)
-    return False
 
 
 def _text(value: object) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import zmq.asyncio
+import zmq
 
 from mtpo.errors import InputError, SandboxError
 from mtpo.trajectory import Execution
@@ -110,7 +110,7 @@ class InterpreterPool:
     async def __aenter__(self) -> InterpreterPool:
         _make_room_for_files(SPARE_FILES + FILES_PER_KERNEL * self.size)
         self._directory = pool_directory()
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._context.setsockopt(zmq.LINGER, 0)
         self._context.set(zmq.MAX_SOCKETS, max(1023, SOCKETS_PER_KERNEL * self.size))
         # Nobody needs larger messages, or more of them at a time: who sends them may not fill this process's

@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 from collections import deque
@@ -43,6 +44,7 @@ class KernelProcess:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     """Its exit code, as `subprocess` counts them; None if it went down with the fork server."""
+    is_doomed: bool = False
     scratch: str = ""
     """Its working directory, known once it is listening."""
 
@@ -155,8 +157,9 @@ class ForkServer:
         return process
 
     def signal(self, process: KernelProcess, signum: int) -> None:
-        """Signal a kernel and all that it started; one that has ended is left alone."""
-        if not process.exited.done():
+        """Signal a kernel and all that it started; one that has ended, or is being killed, is left alone."""
+        if not process.exited.done() and not process.is_doomed:
+            process.is_doomed = signum == signal.SIGKILL
             self._request({"id": process.id, "signal": signum})
 
     def kill(self) -> None:
