@@ -7,6 +7,7 @@ last, after everything that the kernel itself needs and before any code of the m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -96,6 +97,15 @@ class Confinement:
         with open(os.open(path, os.O_RDONLY, dir_fd=self.proc)) as file:
             return file.read()
 
+    def prepare(self) -> None:
+        """Do once, in the fork server, what does not differ from session to session."""
+        environment = scrubbed_environment(Path(self.scratch))
+        os.environ.clear()
+        os.environ.update(environment)
+        if self.has("seccomp"):
+            with contextlib.suppress(OSError):  # `probe` says why
+                seccomp.denials(self.limits.max_processes)
+
     def enter(self, directory: Path, parent_pid: int, keep_fds: Collection[int]) -> int:
         """Cut what ties this freshly forked process to its owner: group, descriptors, namespaces, files.
 
@@ -114,9 +124,6 @@ class Confinement:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         close_all_but([*keep_fds, statm])
-        environment = scrubbed_environment(directory)
-        os.environ.clear()
-        os.environ.update(environment)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         move_home(directory)
         return statm

@@ -1,9 +1,12 @@
-"""The Jupyter kernel of a session, in two makes. Runs in the kernel process."""
+"""The Jupyter kernel of a session, forked from one that is warm. Runs in the kernel process."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import json
+import logging
 import os
 import random
 import shutil
@@ -14,24 +17,24 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Coroutine, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import zmq
 from ipykernel.ipkernel import IPythonKernel
-from ipykernel.kernelapp import IPKernelApp
 from IPython.core.profiledir import ProfileDir
 from jupyter_client.connect import KernelConnectionInfo
-from tornado.ioloop import IOLoop
+from jupyter_client.session import DELIM, Session, extract_header
 from traitlets.config import Config
-from zmq.eventloop.zmqstream import ZMQStream
 
 from mtpo.errors import SandboxError
 from sandbox.cgroup import join
 from sandbox.confine import Confinement, die_with, move_home
-from sandbox.display import shape_output
+from sandbox.display import message_of, shape_output
 from sandbox.limits import Limits
 from sandbox.warmup import CELLS
+from sandbox.zmtp import SUBSCRIBE, Channel, Poller, Publisher, Router, encode, hello
 from sandbox.zygote import CHANNELS, MAX_FDS, MAX_PACKET_BYTES, ROOT, send
 
 
@@ -45,151 +48,190 @@ def configuration() -> Config:
     return config
 
 
-PORTS = [f"{channel}_port" for channel in CHANNELS]
+class KernelSession(Session):
+    """jupyter_client's, which does not pack again and again what the answers to one request have in common."""
+
+    _parent: object = None
+    _packed_parent = b"{}"
+
+    def send(
+        self, stream: Any, msg_or_type: Any, content: Any = None, parent: Any = None, *args: Any, **kw: Any
+    ):
+        ident = args[0] if args else kw.pop("ident", None)
+        if not isinstance(msg_or_type, str) or any(args[1:]) or any(kw.values()) or os.getpid() != self.pid:
+            return super().send(stream, msg_or_type, content, parent, ident, *args[1:], **kw)
+        if parent is not self._parent:
+            self._parent, self._packed_parent = parent, self.pack(extract_header(parent or {}))
+        parts = [
+            self.pack(self.msg_header(msg_or_type)),
+            self._packed_parent,
+            b"{}",
+            self.pack(content or {}),
+        ]
+        identities = ident if isinstance(ident, list) else [ident] if ident else []
+        stream.send_multipart([*identities, DELIM, self.sign(parts), *parts])
+        return None
 
 
-class SandboxKernelApp(IPKernelApp):
-    """ipykernel on sockets that somebody else has opened: a sealed process may open none, nor see a path."""
+class ForkedKernel(IPythonKernel):
+    """ipykernel without its event loop, streams and threads, which cost more than the run of a short cell.
 
-    _listening: dict[int, int]
+    Shell and answers are ipykernel's own. One plain loop on the only thread takes requests from the shell and
+    the control channel, and runs cells: no heartbeat, because the pool watches the process, and no helper
+    threads, which would make a live session impossible to fork. Coroutines of a cell run while a cell does.
+    """
 
-    def use_sockets(self, connection: KernelConnectionInfo, fds: list[int]) -> None:
-        """Serve these channels and no other.
+    session: KernelSession  # pyright: ignore[reportIncompatibleVariableOverride]
+    _is_over = False
+
+    def prepare(self, limits: Limits) -> None:
+        """What all sessions of a fork server share."""
+        self._runner = asyncio.Runner()
+        self._former: list[object] = []
+        """What a copy has inherited and must not use; the collector would close the descriptors."""
+        shell: Any = self.shell
+        shell.loop_runner = self._run_coroutine
+        shell.builtin_trap.__enter__()  # for good, where IPython adds `display` and the like for each cell
+        shape_output(self, limits)
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Run some cells for clients within the process: what is imported or compiled with the first is then done."""
+        listening = [socket.socket(socket.AF_UNIX) for _ in CHANNELS]
+        for each in listening:
+            each.bind("")  # Linux finds a name
+            each.listen()
+        self.open_channels(listening)
+        content = {"silent": False, "stop_on_error": False}
+        requests = [self.session.msg("execute_request", content | {"code": cell}) for cell in CELLS]
+        for kind, server, messages in (
+            ("SUB", listening[CHANNELS.index("iopub")], [[SUBSCRIBE]]),
+            ("DEALER", listening[CHANNELS.index("shell")], map(self.session.serialize, requests)),
+        ):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(server.getsockname())
+                client.send(hello(kind) + b"".join(map(encode, messages)))
+                while self._poller.wait(0):
+                    pass
+        for each in listening:
+            each.close()
+        shell: Any = self.shell
+        shell.reset(new_session=True)
+
+    def use_sockets(self, connection: KernelConnectionInfo, fds: Iterable[int]) -> None:
+        """Serve these channels, in a new process.
 
         Args:
             connection: what is in a Jupyter connection file.
             fds: listening sockets, in the order of `CHANNELS`.
         """
-        self.load_connection_info(connection)
-        self.session.pid = os.getpid()  # made before a fork
-        self._listening = dict(zip((getattr(self, port) for port in PORTS), fds, strict=True))
+        self.session.key = connection["key"].encode()  # pyright: ignore
+        self.session.pid = os.getpid()
+        self.open_channels([socket.socket(fileno=fd) for fd in fds])
 
-    def _bind_socket(self, s: zmq.Socket, port: int) -> int | None:
-        if port not in self._listening:  # stdin: cells cannot ask
-            s.bind(f"inproc://{port}")
-            return port
-        s.setsockopt(zmq.USE_FD, self._listening[port])
-        return super()._bind_socket(s, port)
+    def open_channels(self, listening: Sequence[socket.socket]) -> None:
+        self._poller = Poller()
+        self._channels = {}
+        for name, each in zip(CHANNELS, listening, strict=True):
+            channel = self._channels[name] = (Publisher if name == "iopub" else Router)(each)
+            self._poller.serve(channel, partial(self._confirm if name == "iopub" else self._answer, name))
+        self.iopub_socket = self._channels["iopub"]
 
+    def serve(self, line: socket.socket) -> None:
+        """Answer until the end.
 
-class OneThread:
-    """In the place of ipykernel's thread for the shell channel: there is none, and cells run on the main one."""
+        Args:
+            line: where the fork server asks for copies.
+        """
+        self._poller.watch(line, partial(self._copy, line))
+        self._publish_status("starting", "shell")
+        while not self._is_over:
+            if not self._poller.wait(0 if self._aborting else None):
+                self._aborting = False
 
-    parent_thread = threading.main_thread()
-
-    def __bool__(self) -> bool:
-        return False
-
-
-class ForkedKernel(IPythonKernel):
-    @property
-    def _supports_kernel_subshells(self) -> bool:
-        return False
-
-
-class ForkedKernelApp(SandboxKernelApp):
-    """ipykernel in two halves: what `prepare` does is shared by all sessions of a zygote.
-
-    Kernel and shell are ipykernel's own. They answer shell and control requests and publish output on the
-    main thread, the only one: no heartbeat, because the pool watches the process, and no helper threads,
-    which cost time in every session and would make a live one impossible to fork.
-    """
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._streams: dict[str, ZMQStream] = {}
-        self._former: list[object] = []
-        """What a copy has inherited and must not use; the collector would close the descriptors."""
-
-    def prepare(self, directory: Path, limits: Limits) -> None:
-        """Make the kernel and its shell, which need neither a socket, a thread nor an event loop for that."""
-        sys.modules["debugpy"] = None  # type: ignore # nobody attaches a debugger; importing one takes 0.2 s
-        self.profile_dir = ProfileDir.create_profile_dir(str(directory / "profile"))
-        self.kernel = ForkedKernel.instance(
-            parent=self,
-            log=self.log,
-            session=self.session,
-            profile_dir=self.profile_dir,
-            shell_channel_thread=OneThread(),
-        )
-        shape_output(self.kernel, limits)
-        self._rehearse()
-
-    def _rehearse(self) -> None:
-        """Run some cells over sockets within the process, for all that is imported or compiled with the first."""
-        self._listening = {}
-        for number, port in enumerate(PORTS, start=1):
-            setattr(self, port, number)
-        self.connect()
-        self.kernel.start()
-        client = ZMQStream(self._context.socket(zmq.DEALER), self._io_loop)
-        client.socket.connect(f"inproc://{self.shell_port}")
-        client.on_recv(lambda frames: self._io_loop.stop())
-        for cell in CELLS:
-            self.session.send(
-                client, "execute_request", {"code": cell, "silent": False, "stop_on_error": False}
-            )
-            self._io_loop.start()
-        for stream in (client, *self._streams.values()):
-            stream.close(linger=0)
-        self._context.term()
-        self._io_loop.close()
-        asyncio.set_event_loop(None)
-        self._streams = {}
-        shell: Any = self.kernel.shell
-        shell.reset(new_session=True)
-
-    def connect(self) -> None:
-        """Open the channels, with an event loop of their own."""
-        self._former.append(self._streams)
-        asyncio._set_running_loop(None)
-        asyncio.set_event_loop(asyncio.new_event_loop())
-        self._io_loop = IOLoop.current()
-        wake_on_signals(self._io_loop)
-        self._context = zmq.Context()
-        kinds = {"shell": zmq.ROUTER, "control": zmq.ROUTER, "iopub": zmq.XPUB}
-        sockets = {channel: self._context.socket(kind) for channel, kind in kinds.items()}
-        for channel, zmq_socket in sockets.items():
-            self._bind_socket(zmq_socket, getattr(self, f"{channel}_port"))
-        self._streams = {channel: ZMQStream(each, self._io_loop) for channel, each in sockets.items()}
-        self.kernel.shell_stream = self._streams["shell"]
-        self.kernel.control_stream = self._streams["control"]
-        self.kernel.iopub_socket = sockets["iopub"]
-
-    def run(self, line: socket.socket) -> None:
-        """Answer until the end."""
-        self._line = line
-        self._io_loop.add_handler(line.fileno(), self._on_request, IOLoop.READ)
-        self.kernel.start()
-        # Only now: sending on the socket would swallow the wake-up that announces a subscriber.
-        self._streams["iopub"].on_recv(self._welcome)
-        self._io_loop.start()
-
-    def _welcome(self, frames: list[bytes]) -> None:
+    def _confirm(self, name: str, subscription: list[bytes]) -> None:
         """Tell a new subscriber that from now on it misses nothing (Jupyter enhancement proposal 65)."""
-        if frames[0][:1] == b"\x01":
-            content = {"subscription": frames[0][1:].decode()}
-            self.session.send(self.kernel.iopub_socket, "iopub_welcome", content)
+        self.session.send(self.iopub_socket, "iopub_welcome", {"subscription": subscription[0].decode()})
 
-    def _on_request(self, fd: int, events: int) -> None:
+    def _answer(self, name: str, message: list[bytes]) -> None:
+        """Answer a request. What is none is dropped."""
+        try:
+            identities, frames = self.session.feed_identities(message)
+            request = self.session.deserialize(frames)
+        except (ValueError, LookupError, TypeError):
+            return
+        channel = self._channels[name]
+        self.set_parent(identities, request, name)
+        self._publish_status("busy", name)
+        kind = request["header"]["msg_type"]
+        if kind == "execute_request" and self._aborting:
+            self._send_abort_reply(channel, request, identities)
+        elif kind == "execute_request":
+            self._execute(channel, identities, request)
+        elif handler := getattr(self, f"{name}_handlers").get(kind):
+            with contextlib.suppress(Exception):  # what cannot be answered is not
+                _finish(handler(channel, identities, request))
+        sys.stdout.flush()
+        self._publish_status("idle", name)
+
+    def _execute(self, stream: Channel, identities: list[bytes], request: dict[str, Any]) -> None:
+        """Run a cell, as `IPythonKernel.execute_request` does."""
+        shell: Any = self.shell
+        content = request["content"]
+        silent = content.get("silent", False)
+        self._forward_input()  # to nobody: `input` says so
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            result = shell.run_cell(
+                content["code"], store_history=content.get("store_history", not silent), silent=silent
+            )
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            error = result.error_in_exec if result.error_before_exec is None else result.error_before_exec
+        except (Exception, KeyboardInterrupt) as failure:  # the shell is broken; or a moment beside the cell
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            error = failure
+        self._restore_input()
+        reply: dict[str, Any] = {"status": "ok" if error is None else "error", "user_expressions": {}}
+        if error is not None:
+            reply |= {"ename": type(error).__name__, "evalue": message_of(error), "traceback": []}
+        elif expressions := content.get("user_expressions"):
+            reply["user_expressions"] = shell.user_expressions(expressions)
+        reply["execution_count"] = shell.execution_count - 1
+        reply["payload"] = shell.payload_manager.read_payload()
+        shell.payload_manager.clear_payload()
+        sys.stdout.flush()
+        self.session.send(stream, "execute_reply", reply, request, ident=identities)
+        if error is not None and not silent and content.get("stop_on_error", True):
+            self._aborting = True  # what has come up to now
+
+    def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a cell that awaits; tasks that it leaves go on with the next such cell."""
+        return self._runner.run(coroutine, context=contextvars.copy_context())  # which knows the request
+
+    async def shutdown_request(self, stream: Channel, ident: list[bytes], parent: dict[str, Any]) -> None:
+        content = {"status": "ok", "restart": parent["content"]["restart"]}
+        self.session.send(stream, "shutdown_reply", content, parent, ident=ident)
+        self._is_over = True
+
+    def _copy(self, line: socket.socket) -> None:
         """Copy this kernel, as it is between two cells."""
-        packet, fds, _, _ = socket.recv_fds(self._line, MAX_PACKET_BYTES, MAX_FDS)
+        packet, fds, _, _ = socket.recv_fds(line, MAX_PACKET_BYTES, MAX_FDS)
         if not packet:
-            return self._io_loop.remove_handler(fd)
+            return self._poller.forget(line)
         request = json.loads(packet)
-        line = socket.socket(fileno=fds[0])
+        answers = socket.socket(fileno=fds[0])
         random_state = random.getstate()  # the module takes another seed in a fork
         try:
             if threads := [t.name for t in threading.enumerate() if t is not threading.main_thread()]:
                 raise SandboxError(f"threads cannot be copied: {', '.join(threads)}")
             is_copy = _fork_an_orphan()
         except (OSError, SandboxError) as error:
-            send(line, event="failed", error=str(error))
+            send(answers, event="failed", error=str(error))
             is_copy = False
         if is_copy:
             random.setstate(random_state)
-            self._be_copy(request, line, fds)
-        line.close()
+            self._be_copy(request, answers, fds)
+        answers.close()
         for fd in fds[1:]:
             os.close(fd)
 
@@ -207,67 +249,48 @@ class ForkedKernelApp(SandboxKernelApp):
             shutil.copytree(here, directory, symlinks=True)
             move_home(directory)
             tempfile.tempdir = None
+            self._former.append((self._poller, self._runner))
+            self._runner = asyncio.Runner()
             self.use_sockets(request["connection"], listening)
-            self.connect()
             send(line, event="listening")
-            self.run(line)
+            self.serve(line)
         except BaseException as error:
             send(line, event="failed", error=f"{type(error).__name__}: {error}")
         finally:
             os._exit(0)
 
 
+def prepare(directory: Path, limits: Limits) -> ForkedKernel:
+    """A kernel with its shell, which need neither a socket, a thread nor an event loop for that."""
+    sys.modules["debugpy"] = None  # type: ignore # nobody attaches a debugger; importing one takes 0.2 s
+    config = configuration()
+    kernel = ForkedKernel.instance(
+        config=config,
+        log=logging.getLogger("ipykernel"),
+        session=KernelSession(config=config),
+        profile_dir=ProfileDir.create_profile_dir(str(directory / "profile")),
+    )
+    kernel.prepare(limits)
+    return kernel
+
+
 def run_forked(
-    app: ForkedKernelApp,
+    kernel: ForkedKernel,
     confinement: Confinement,
     connection: KernelConnectionInfo,
     fds: list[int],
     line: socket.socket,
     statm: int,
 ) -> None:
-    """Turn the process, a fork of the zygote that prepared `app`, into a kernel. Returns when it ends."""
+    """Be the kernel that the fork server prepared, in a fork of it. Returns when the kernel ends."""
     confinement.confine()
-    app.use_sockets(connection, fds)
-    app.connect()
-    app.init_signal()
-    _seal(confinement, line, statm)
-    app.run(line)
+    kernel.use_sockets(connection, fds)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seal(confinement, line, statm)
+    kernel.serve(line)
 
 
-def run_stock() -> None:
-    """Entry point of a stock kernel; the one argument is the descriptor of a JSON object."""
-    with open(int(sys.argv[1])) as file:
-        config = json.load(file)
-    confinement = Confinement.from_json(config["confinement"])
-    confinement.confine()
-    app = StockKernelApp.instance(config=configuration())
-    app.use_sockets(config["connection"], config["listening"])
-    app.initialize([])
-    shape_output(app.kernel, confinement.limits)
-    wake_on_signals(IOLoop.current())
-    _seal(confinement, socket.socket(fileno=config["line"]), config["statm"])
-    app.start()
-
-
-class StockKernelApp(SandboxKernelApp):
-    """A stock ipykernel, with all of its threads but that of the heartbeat."""
-
-    def init_connection_file(self) -> None:
-        """There is none: the connection is known."""
-
-    def init_heartbeat(self) -> None:
-        """The pool watches the process instead."""
-
-    def write_connection_file(self, **kwargs: Any) -> None:
-        """Nobody reads it."""
-
-
-def wake_on_signals(io_loop: Any) -> None:
-    """Have an interrupt end the wait of the event loop, or else it would not reach a cell that awaits."""
-    io_loop.asyncio_loop.add_signal_handler(signal.SIGWINCH, lambda: None)  # one is enough to watch all
-
-
-def _seal(confinement: Confinement, line: socket.socket, statm: int) -> None:
+def seal(confinement: Confinement, line: socket.socket, statm: int) -> None:
     """Let no more happen than the model's code needs, and say that the kernel is ready."""
     sys.path[:] = [entry for entry in sys.path if entry != ROOT]
     sys.argv[:] = [""]
@@ -277,6 +300,13 @@ def _seal(confinement: Confinement, line: socket.socket, statm: int) -> None:
     send(line, *fds, event="listening")
     for fd in fds:
         os.close(fd)
+
+
+def _finish(answer: Coroutine[Any, Any, None] | None) -> None:
+    """Run a handler of ipykernel's: most are coroutines, which wait for nothing."""
+    if answer is not None:
+        with contextlib.suppress(StopIteration):
+            answer.send(None)
 
 
 def _fork_an_orphan() -> bool:

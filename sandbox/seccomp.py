@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import itertools
 import os
 import platform
@@ -72,6 +73,7 @@ AF_UNIX, SOCK_STREAM, SOCK_TYPE_MASK = 1, 1, 0xF
 PR_SET_NAME, PR_GET_NAME, PR_SET_VMA = 15, 16, 0x53564D41
 
 
+@functools.cache
 def _numbers(table: str) -> dict[str, int]:
     words = iter(table.split())
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
@@ -147,8 +149,20 @@ def _load(program: bytes, flags: int) -> int:
 
 
 def _program(max_processes: int, on_process: int) -> bytes:
+    code = []
+    conditional = _numbers(CONDITIONAL)
+    for name, otherwise, *exceptions in _conditions(ALLOW if max_processes else on_process, on_process):
+        if name in conditional:
+            answer = [*itertools.chain(*map(_allow_if, exceptions)), _instruction(RETURN, otherwise)]
+            code += _jump(JUMP_EQUAL, conditional[name], over=answer)
+    return b"".join([denials(max_processes), *code, _instruction(RETURN, ALLOW)])
+
+
+@functools.cache
+def denials(max_processes: int) -> bytes:
+    """The first part of the program, which is the same for all sessions."""
     machine = platform.machine()
-    denied, conditional = _numbers(DENIED), _numbers(CONDITIONAL)
+    denied = dict(_numbers(DENIED))
     if max_processes:
         del denied["execve"], denied["execveat"]
     code = [
@@ -161,11 +175,7 @@ def _program(max_processes: int, on_process: int) -> bytes:
     code += _jump(JUMP_GREATER_EQUAL, LAST_KNOWN + 1, over=[_instruction(RETURN, UNKNOWN)])
     for number in denied.values():
         code += _jump(JUMP_EQUAL, number, over=[_instruction(RETURN, DENY)])
-    for name, otherwise, *exceptions in _conditions(ALLOW if max_processes else on_process, on_process):
-        if name in conditional:
-            answer = [*itertools.chain(*map(_allow_if, exceptions)), _instruction(RETURN, otherwise)]
-            code += _jump(JUMP_EQUAL, conditional[name], over=answer)
-    return b"".join([*code, _instruction(RETURN, ALLOW)])
+    return b"".join(code)
 
 
 def _conditions(on_process: int, on_group: int) -> list[tuple]:

@@ -90,7 +90,7 @@ class Zygote:
     def __init__(self, control: socket.socket, confinement: Confinement, is_stock: bool) -> None:
         self._control = control
         self._confinement = confinement
-        self._app: Any = None
+        self._kernel: Any = None
         self._is_stock = is_stock
         self._children: dict[int, Child] = {}
         self._selector = selectors.DefaultSelector()
@@ -105,16 +105,17 @@ class Zygote:
             importlib.import_module(name)
         warmup.use(preload)
         if not self._is_stock:
-            from sandbox.kernel import ForkedKernelApp, configuration
+            from sandbox import kernel
 
-            self._app = ForkedKernelApp.instance(config=configuration())
-            self._app.prepare(Path(self._confinement.scratch), self._confinement.limits)
+            self._kernel = kernel.prepare(Path(self._confinement.scratch), self._confinement.limits)
         num_threads = int(self._confinement.read_proc("self/stat").rpartition(")")[2].split()[17])
         if num_threads != 1:
             raise RuntimeError(
                 f"preloading {preload} started {num_threads - 1} threads: forks would be broken"
             )
+        self._confinement.prepare()
         gc.collect()
+        warmup.merge_pages(self._confinement.read_proc("self/maps"))
         gc.freeze()  # so that collections in the children do not touch, and copy, the shared pages
 
     def probe(self) -> dict[str, str]:
@@ -200,7 +201,7 @@ class Zygote:
                 self._exec_stock(confinement, request, line, fds, statm)
             from sandbox.kernel import run_forked
 
-            run_forked(self._app, confinement, request["connection"], fds, line, statm)
+            run_forked(self._kernel, confinement, request["connection"], fds, line, statm)
         except BaseException:
             send(line, event="failed", error=traceback.format_exc()[-MAX_ERROR_CHARS:])
         finally:
@@ -331,7 +332,7 @@ class Zygote:
         os.write(write_end, json.dumps(config).encode())
         for fd in (read_end, line.fileno(), statm, *fds):
             os.set_inheritable(fd, True)
-        os.execv(sys.executable, command("kernel", "run_stock", str(read_end)))
+        os.execv(sys.executable, command("stock", "run", str(read_end)))
 
     def _send(self, **event: Any) -> None:
         with contextlib.suppress(OSError):  # the owner is gone: the next recv says so

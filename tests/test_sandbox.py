@@ -235,6 +235,21 @@ async def test_cells_may_await(session: Session) -> None:
     assert await texts(session, "x") == ["5"]
 
 
+async def test_cells_may_run_event_loops(pool: InterpreterPool) -> None:
+    if pool._kind == "ipykernel":
+        pytest.skip("a stock kernel runs cells in an event loop of its own")
+    async with pool.session() as session:
+        cells = (
+            "import asyncio\nasync def f(x):\n    await asyncio.sleep(0.01)\n    return x\nasyncio.run(f(1))",
+            "task = asyncio.ensure_future(f(2))\nawait f(3)",
+            "await task",
+        )
+        assert await texts(session, *cells) == ["1", "3", "2"]
+        twin = await session.fork()
+        assert await texts(twin, "await f(4)") == ["4"]
+        await twin.close()
+
+
 async def test_what_parses_as_python_is_left_alone(session: Session) -> None:
     assert await texts(session, "t = '''\n>>> a\n!b\n'''\nt", "%%capture\n1", "!ls is_no_program") == [
         repr("\n>>> a\n!b\n"),

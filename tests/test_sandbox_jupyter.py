@@ -10,9 +10,11 @@ from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
+from jupyter_client.session import Session
 
 from mtpo.errors import InputError
 from sandbox.jupyter import SandboxProvisioner
+from sandbox.kernel import KernelSession
 from sandbox.processes import descendants
 from tests.processes import wait_until_gone
 
@@ -70,6 +72,66 @@ async def test_a_stock_manager_gets_a_sandboxed_kernel(manager: AsyncKernelManag
     client.stop_channels()
 
 
+async def test_the_kernel_answers_what_editors_ask(manager: AsyncKernelManager) -> None:
+    await manager.start_kernel()
+    client: Any = await connected(manager)
+    await run(client, "def double(x):\n    'Twice as much.'\n    return 2 * x")
+
+    async def ask(request: str, **content: Any) -> dict[str, Any]:
+        message_id = getattr(client, request)(**content)
+        while (reply := await client.get_shell_msg(timeout=10))["parent_header"]["msg_id"] != message_id:
+            pass
+        return reply["content"]
+
+    assert "double" in (await ask("complete", code="dou", cursor_pos=3))["matches"]
+    assert "Twice as much." in (await ask("inspect", code="double"))["data"]["text/plain"]
+    assert (await ask("is_complete", code="for x in y:"))["status"] == "incomplete"
+    assert (await ask("kernel_info"))["language_info"]["name"] == "python"
+    reply = await ask("execute", code="y = double(21)", user_expressions={"y": "y", "z": "1 / 0"})
+    assert (reply["status"], reply["execution_count"]) == ("ok", 2)
+    assert reply["user_expressions"]["y"]["data"] == {"text/plain": "42"}
+    assert reply["user_expressions"]["z"]["status"] == "error"
+    reply = await ask("execute", code="1 / 0")
+    assert (reply["status"], reply["ename"], reply["evalue"]) == (
+        "error",
+        "ZeroDivisionError",
+        "division by zero",
+    )
+    client.stop_channels()
+
+
+async def test_cells_behind_one_that_fails_are_not_run(manager: AsyncKernelManager) -> None:
+    await manager.start_kernel()
+    client: Any = await connected(manager)
+    cells = ("import time\nn = 0\ntime.sleep(0.5)\n1 / 0", "n += 1", "n += 10")
+    message_ids = [client.execute(cell) for cell in cells]
+    replies = {}
+    while len(replies) < len(cells):
+        reply = await client.get_shell_msg(timeout=10)
+        replies[reply["parent_header"]["msg_id"]] = reply["content"]["status"]
+    assert [replies[each] for each in message_ids] == ["error", "aborted", "aborted"]
+    assert await run(client, "n") == "0"
+    client.stop_channels()
+
+
+async def test_two_clients_see_the_same_kernel(manager: AsyncKernelManager) -> None:
+    await manager.start_kernel()
+    clients = [await connected(manager) for _ in range(2)]
+    clients[1].session.session = "another"  # or else both number their requests alike
+    assert await run(clients[0], "x = 5\nx") == "5"
+    clients[0].stop_channels()
+    assert await run(clients[1], "x + 1") == "6"
+    clients[1].stop_channels()
+
+
+async def test_a_kernel_that_is_asked_to_end_does(manager: AsyncKernelManager) -> None:
+    await manager.start_kernel()
+    assert isinstance(manager.provisioner, SandboxProvisioner) and manager.provisioner.process is not None
+    exited = manager.provisioner.process.exited
+    await manager.shutdown_kernel()
+    assert exited.result() == 0  # it was not killed
+
+
 async def test_kernels_share_a_fork_server_that_goes_with_the_last(specs: KernelSpecManager) -> None:
     managers = [AsyncKernelManager(kernel_name="mtpo-sandbox", kernel_spec_manager=specs) for _ in range(2)]
     for each in managers:
@@ -86,6 +148,36 @@ async def test_kernels_share_a_fork_server_that_goes_with_the_last(specs: Kernel
     await managers[1].shutdown_kernel(now=True)
     await wait_until_gone(pids)
     assert not shared.directory.exists()
+
+
+def test_what_the_kernel_sends_is_what_jupyter_would_send() -> None:
+    sent: list[list[bytes]] = []
+
+    class Stream:
+        def send_multipart(self, frames: list[bytes], copy: bool = True) -> None:
+            sent.append(frames)
+
+    ours, theirs = KernelSession(key=b"k", session="s"), Session(key=b"k", session="s")
+    request = theirs.msg("execute_request", {"code": "1"})
+    stream: Any = Stream()
+    calls: list[tuple[Any, ...]] = [
+        ("status", {"execution_state": "busy"}, request, b"topic"),
+        ("stream", {"text": "\u00e9\U0001f600", "name": "stdout"}, request),
+        ("status", {"execution_state": "idle"}, {}, [b"one", b"two"]),
+        ("execute_reply", None, None, None),
+        ("comm_msg", {"data": {}}, request, b"", [b"buffer"]),
+        ("comm_msg", {"data": {}}, request, b"", None, False, None, {"more": 1}),
+    ]
+    for arguments in calls:
+        for session in (ours, theirs):
+            session.send(stream, *arguments)
+    for own, other in zip(sent[::2], sent[1::2], strict=True):
+        (own_idents, own), (other_idents, other) = map(theirs.feed_identities, (own, other))
+        own, other = map(theirs.deserialize, (own, other))
+        for message in (own, other):
+            assert message["header"].pop("msg_id") == message.pop("msg_id")
+            message["header"].pop("date")
+        assert (own_idents, own) == (other_idents, other)
 
 
 async def test_a_wrong_configuration_is_named(specs: KernelSpecManager) -> None:
