@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 import sysconfig
 import time
@@ -13,14 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import zmq
 from jupyter_client.manager import AsyncKernelManager
 
 from mtpo.errors import SandboxError
 from sandbox.excerpt import Excerpt
 from sandbox.limits import Limits
+from sandbox.messages import LeanSession
 from sandbox.provisioner import ForkProvisioner, SandboxKernelSpecs
 from sandbox.server import ForkServer, KernelProcess
+from sandbox.zmtp import SUBSCRIBE, Peer, encode
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.CRITICAL)  # jupyter_client's words; what goes wrong is raised, and said by the pool
@@ -33,8 +35,8 @@ PYTHON_PATHS = {
 }
 LAST_WORDS_S = 0.02
 """How long to go on reading what a kernel sent before it died."""
-MAX_NEWS_AT_ONCE = 16
-"""Messages of one kernel, before others have their turn: several times those of an ordinary cell."""
+MAX_LATE_READS = 8
+"""Of what a kernel has published by the deadline of a cell."""
 LATEST = datetime.max.replace(tzinfo=UTC)
 NOT_A_MESSAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 """What jupyter_client, and reading its messages, raise for frames that are none, or not signed."""
@@ -95,7 +97,7 @@ class Cell:
     seconds: float | None = None
     """What it took, as the kernel says; None before it is idle again."""
 
-    def take(self, kind: str, content: dict[str, Any], date: datetime) -> None:
+    def take(self, kind: str, content: dict[str, Any], date: str) -> None:
         """Take in what the kernel publishes of it. What is of another kind is dropped."""
         match kind:
             case "stream":
@@ -107,9 +109,9 @@ class Cell:
             case "iopub_welcome":
                 self.end()
             case "status" if content["execution_state"] == "busy":
-                self.began = date
+                self.began = datetime.fromisoformat(date)
             case "status" if content["execution_state"] == "idle":
-                self.seconds = (date - self.began).total_seconds()
+                self.seconds = (datetime.fromisoformat(date) - self.began).total_seconds()
                 self.end()
 
     def end(self) -> None:
@@ -126,20 +128,29 @@ class Kernel:
         process: KernelProcess,
         server: ForkServer,
         limits: Limits,
-        context: zmq.Context,
     ) -> None:
         self._manager = manager
+        self._session = manager.session
         self._server = server
         self.process = process
         self._limits = limits
-        self._shell, self._news = context.socket(zmq.DEALER), context.socket(zmq.SUB)
-        self._shell.connect(f"ipc://{manager.ip}-{manager.shell_port}")
-        self._news.subscribe(b"")
-        self._news.connect(f"ipc://{manager.ip}-{manager.iopub_port}")
+        self._shell, self._news = (
+            self._connect(manager.shell_port, "DEALER"),
+            self._connect(manager.iopub_port, "SUB"),
+        )
+        self._news.send(encode([SUBSCRIBE]))
         self._cell = Cell("", Excerpt(0))  # no one's, whose first news is that all will be heard from now on
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._news.fileno(), self._take_news)
+        self._loop.add_reader(self._news.connection, self._take_news)
+        self._loop.add_reader(self._shell.connection, self._drop_replies)
+        self._is_reachable = True
         process.exited.add_done_callback(lambda _: self._loop.call_later(LAST_WORDS_S, self._cell.end))
+
+    def _connect(self, port: int, kind: str) -> Peer:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(f"{self._manager.ip}-{port}")
+        # Nobody needs larger messages: who sends them may not fill this process's memory.
+        return Peer(connection, kind, max_message_bytes=2**16 + 16 * self._limits.max_output_chars)
 
     @property
     def exited(self) -> asyncio.Future[int | None]:
@@ -153,7 +164,6 @@ class Kernel:
             SandboxError: the kernel did not start, or died first.
         """
         await asyncio.shield(self.process.listening)
-        self._take_news()
         await self._cell.ended
         if self.exited.done():
             raise SandboxError(f"the kernel died while it started ({_death(self.exited.result())})")
@@ -161,15 +171,16 @@ class Kernel:
     async def run(self, code: str, timeout_s: float) -> CellResult:
         """Run one cell to its end, its deadline, or the end of the kernel."""
         started = time.monotonic()
-        request = self._manager.session.msg(
+        request = self._session.msg(
             "execute_request",
             {"code": _encodable(code), "silent": False, "store_history": True, "stop_on_error": False},
         )
         cell = self._cell = Cell(request["msg_id"], Excerpt(self._limits.max_output_chars))
-        try:
-            self._manager.session.send(self._shell, request)
-        except zmq.Again:  # the code of an earlier cell has broken the connection
+        if not self._is_reachable:  # the code of an earlier cell has broken the connection
             return CellResult("", 0.0, is_kernel_gone=True, death="it could not be reached any more")
+        self._shell.send(encode(self._session.serialize(request)))
+        if self._shell.has_unsent:  # a very long cell
+            self._loop.add_writer(self._shell.connection, self._send_rest)
         is_stopped = False
         if not await self._ends(timeout_s):
             is_stopped = True
@@ -193,40 +204,56 @@ class Kernel:
 
     async def shutdown(self) -> None:
         """End the kernel if it lives, and remove its files."""
-        self._loop.remove_reader(self._news.fileno())
-        self._shell.close()
-        self._news.close()
+        self._loop.remove_reader(self._news.connection)
+        self._loop.remove_reader(self._shell.connection)
+        self._loop.remove_writer(self._shell.connection)
+        self._shell.connection.close()
+        self._news.connection.close()
         await self._manager.shutdown_kernel()
 
     async def _ends(self, timeout_s: float) -> bool:
         """Whether the cell, or the kernel, ends within the time."""
         ended = self._cell.ended
         await asyncio.wait([ended], timeout=timeout_s)
-        if not ended.done():
-            self._take_news()  # this event loop may have been busy with other things
+        for _ in range(MAX_LATE_READS):
+            if not ended.done():
+                self._take_news()  # this event loop may have been busy with other things
         return ended.done()
 
+    def _send_rest(self) -> None:
+        self._shell.flush()
+        if not self._shell.has_unsent:
+            self._loop.remove_writer(self._shell.connection)
+
     def _take_news(self) -> None:
-        """Take in what the kernel has published.
+        """Take in some of what the kernel has published.
 
         What does not follow the protocol, or belongs to a cell that is over, is dropped: the code of the model can
         send whatever it likes.
         """
-        for _ in range(MAX_NEWS_AT_ONCE):
-            if self._news.closed:
-                return
+        if self._news.connection.fileno() < 0:  # shut down, while a cell ran
+            return
+        try:
+            messages = self._news.receive()
+        except OSError:  # and so its process will soon be, or its time is up
+            self._is_reachable = False
+            self._loop.remove_reader(self._news.connection)
+            return
+        for frames in messages:
             try:
-                frames = self._news.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                _, frames = self._manager.session.feed_identities(frames)
-                news = self._manager.session.deserialize(frames)
+                _, news = self._session.read(frames)
                 if news["parent_header"].get("msg_id", "") == self._cell.message_id:
                     self._cell.take(news["msg_type"], news["content"], news["header"]["date"])
             except NOT_A_MESSAGE:
                 continue
-        self._loop.call_soon(self._take_news)
+
+    def _drop_replies(self) -> None:
+        """Make room for more: they say nothing that was not in the news."""
+        try:
+            self._shell.receive()
+        except OSError:
+            self._is_reachable = False
+            self._loop.remove_reader(self._shell.connection)
 
     def _without_host_paths(self, text: str) -> str:
         """Say `.` for the session's directory, and the same names for Python's on every machine."""
@@ -237,7 +264,6 @@ class Kernel:
 
 async def start_kernel(
     server: ForkServer,
-    context: zmq.Context,
     address: Path,
     limits: Limits,
     original: Kernel | None = None,
@@ -251,6 +277,7 @@ async def start_kernel(
         SandboxError: it did not start.
     """
     manager = PoolManager(
+        session=LeanSession(),
         kernel_spec_manager=SPECS,
         kernel_name="mtpo",
         connection_file=f"{address}.json",
@@ -262,7 +289,7 @@ async def start_kernel(
     try:
         await manager.start_kernel()
         assert provisioner.process is not None
-        kernel = Kernel(manager, provisioner.process, server, limits, context)
+        kernel = Kernel(manager, provisioner.process, server, limits)
         await kernel.connect()
     except BaseException:
         await asyncio.shield(manager.shutdown_kernel() if kernel is None else kernel.shutdown())

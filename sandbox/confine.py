@@ -75,6 +75,8 @@ class Confinement:
     readable: Collection[str]
     proc: int
     """Descriptor of /proc, which a session has no path to; -1 in a session."""
+    ruleset: int = -1
+    """Descriptor of Landlock's rules, if they are the same for all sessions."""
 
     def has(self, *names: str) -> bool:
         return not self.layers.isdisjoint(names)
@@ -86,7 +88,7 @@ class Confinement:
         return replace(self, scratch=f"{self.scratch}/{family_id}")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"layers": sorted(self.layers), "proc": -1}
+        return asdict(self) | {"layers": sorted(self.layers), "proc": -1, "ruleset": -1}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Confinement:
@@ -97,14 +99,23 @@ class Confinement:
         with open(os.open(path, os.O_RDONLY, dir_fd=self.proc)) as file:
             return file.read()
 
-    def prepare(self) -> None:
+    def prepare(self) -> Confinement:
         """Do once, in the fork server, what does not differ from session to session."""
         environment = scrubbed_environment(Path(self.scratch))
         os.environ.clear()
         os.environ.update(environment)
-        if self.has("seccomp"):
-            with contextlib.suppress(OSError):  # `probe` says why
-                seccomp.denials(self.limits.max_processes)
+        ruleset = -1
+        with contextlib.suppress(OSError):  # `probe` says why
+            if self.has("seccomp"):
+                seccomp.program(self.limits.max_processes)
+            if self.has("landlock") and self.has("view"):
+                ruleset = self._make_ruleset()
+        return replace(self, ruleset=ruleset)
+
+    def _make_ruleset(self) -> int:
+        # Landlock asks for the directories above a mount, not for the one that lies under it.
+        writable = os.path.dirname(self.scratch) if self.has("view") else self.scratch
+        return landlock.make_ruleset(self.readable, [writable], may_execute=self.limits.max_processes > 0)
 
     def enter(self, directory: Path, parent_pid: int, keep_fds: Collection[int]) -> int:
         """Cut what ties this freshly forked process to its owner: group, descriptors, namespaces, files.
@@ -123,7 +134,7 @@ class Confinement:
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        close_all_but([*keep_fds, statm])
+        close_all_but([*keep_fds, statm, *([self.ruleset] if self.ruleset >= 0 else [])])
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         move_home(directory)
         return statm
@@ -135,7 +146,9 @@ class Confinement:
         if self.has("privileges"):
             syscalls.drop_capabilities()
         if self.has("landlock"):
-            landlock.restrict(self.readable, [self.scratch], may_execute=self.limits.max_processes > 0)
+            ruleset = self._make_ruleset() if self.ruleset < 0 else self.ruleset
+            landlock.enforce(ruleset)
+            os.close(ruleset)
 
     def seal(self, statm: int) -> int | None:
         """Bound what this process, its threads and its children may use and ask of the system.

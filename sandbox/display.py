@@ -31,6 +31,8 @@ from sandbox.limits import Limits
 PUBLISH_CHARS = 2000
 PUBLISH_INTERVAL_S = 0.1
 MAX_SOURCE_CHARS = 200
+MAY_AWAIT = re.compile("a(wait|sync)").search
+"""Cheaper than to compile a cell for nothing but that."""
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 """Colours and the like, which a model would read as noise."""
 QUIET_WARNINGS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, SyntaxWarning)
@@ -177,6 +179,10 @@ def shape_output(kernel: IPythonKernel, limits: Limits) -> None:
     kernel._publish_execute_input = lambda code, parent, execution_count: None
     transform_cell = shell.transform_cell
     shell.transform_cell = lambda code: code if _is_python(code) else transform_cell(code)
+    should_run_async = shell.should_run_async
+    shell.should_run_async = lambda code, **kwargs: (
+        MAY_AWAIT(code) is not None and should_run_async(code, **kwargs)
+    )
     shell.ask_exit = leave_cell  # exit() ends the cell, not the session
     shell.compile.get_code_name = name_cell
     if not limits.max_processes:

@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 from ipykernel.ipkernel import IPythonKernel
 from IPython.core.profiledir import ProfileDir
 from jupyter_client.connect import KernelConnectionInfo
-from jupyter_client.session import DELIM, Session, extract_header
 from traitlets.config import Config
 
 from mtpo.errors import SandboxError
@@ -33,6 +32,7 @@ from sandbox.cgroup import join
 from sandbox.confine import Confinement, die_with, move_home
 from sandbox.display import message_of, shape_output
 from sandbox.limits import Limits
+from sandbox.messages import LeanSession
 from sandbox.warmup import CELLS
 from sandbox.zmtp import SUBSCRIBE, Channel, Poller, Publisher, Router, encode, hello
 from sandbox.zygote import CHANNELS, MAX_FDS, MAX_PACKET_BYTES, ROOT, send
@@ -48,31 +48,6 @@ def configuration() -> Config:
     return config
 
 
-class KernelSession(Session):
-    """jupyter_client's, which does not pack again and again what the answers to one request have in common."""
-
-    _parent: object = None
-    _packed_parent = b"{}"
-
-    def send(
-        self, stream: Any, msg_or_type: Any, content: Any = None, parent: Any = None, *args: Any, **kw: Any
-    ):
-        ident = args[0] if args else kw.pop("ident", None)
-        if not isinstance(msg_or_type, str) or any(args[1:]) or any(kw.values()) or os.getpid() != self.pid:
-            return super().send(stream, msg_or_type, content, parent, ident, *args[1:], **kw)
-        if parent is not self._parent:
-            self._parent, self._packed_parent = parent, self.pack(extract_header(parent or {}))
-        parts = [
-            self.pack(self.msg_header(msg_or_type)),
-            self._packed_parent,
-            b"{}",
-            self.pack(content or {}),
-        ]
-        identities = ident if isinstance(ident, list) else [ident] if ident else []
-        stream.send_multipart([*identities, DELIM, self.sign(parts), *parts])
-        return None
-
-
 class ForkedKernel(IPythonKernel):
     """ipykernel without its event loop, streams and threads, which cost more than the run of a short cell.
 
@@ -81,7 +56,7 @@ class ForkedKernel(IPythonKernel):
     threads, which would make a live session impossible to fork. Coroutines of a cell run while a cell does.
     """
 
-    session: KernelSession  # pyright: ignore[reportIncompatibleVariableOverride]
+    session: LeanSession  # pyright: ignore[reportIncompatibleVariableOverride]
     _is_over = False
 
     def prepare(self, limits: Limits) -> None:
@@ -156,9 +131,8 @@ class ForkedKernel(IPythonKernel):
     def _answer(self, name: str, message: list[bytes]) -> None:
         """Answer a request. What is none is dropped."""
         try:
-            identities, frames = self.session.feed_identities(message)
-            request = self.session.deserialize(frames)
-        except (ValueError, LookupError, TypeError):
+            identities, request = self.session.read(message)
+        except (ValueError, LookupError, TypeError, RecursionError):
             return
         channel = self._channels[name]
         self.set_parent(identities, request, name)
@@ -267,7 +241,7 @@ def prepare(directory: Path, limits: Limits) -> ForkedKernel:
     kernel = ForkedKernel.instance(
         config=config,
         log=logging.getLogger("ipykernel"),
-        session=KernelSession(config=config),
+        session=LeanSession(config=config),
         profile_dir=ProfileDir.create_profile_dir(str(directory / "profile")),
     )
     kernel.prepare(limits)

@@ -37,12 +37,15 @@ def abi() -> int:
     return syscalls.call("landlock_create_ruleset", 0, 0, GET_ABI)
 
 
-def restrict(readable: Iterable[str], writable: Iterable[str], *, may_execute: bool) -> None:
-    """Confine this thread, and what it will start, for good. Needs no_new_privs.
+def make_ruleset(readable: Iterable[str], writable: Iterable[str], *, may_execute: bool) -> int:
+    """What `enforce` needs.
 
     Args:
         readable: files and directories, with all that is below; those that do not exist are skipped.
         writable: the same; reading is included, running programs is not.
+
+    Returns:
+        A descriptor.
 
     Raises:
         OSError: the kernel has no Landlock.
@@ -55,15 +58,17 @@ def restrict(readable: Iterable[str], writable: Iterable[str], *, may_execute: b
         ABSTRACT_SOCKETS_AND_SIGNALS if version >= ABI_WITH_SCOPES else 0,
     )
     fd = syscalls.call("landlock_create_ruleset", ruleset, ctypes.sizeof(ruleset), 0)
-    try:
-        reading = READ_FILE | READ_DIR | (EXECUTE if may_execute else 0)
-        for path in readable:
-            _allow(fd, path, reading)
-        for path in (*writable, *DEVICES):
-            _allow(fd, path, everything & ~EXECUTE)
-        syscalls.call("landlock_restrict_self", fd, 0)
-    finally:
-        os.close(fd)
+    reading = READ_FILE | READ_DIR | (EXECUTE if may_execute else 0)
+    for path in readable:
+        _allow(fd, path, reading)
+    for path in (*writable, *DEVICES):
+        _allow(fd, path, everything & ~EXECUTE)
+    return fd
+
+
+def enforce(ruleset: int) -> None:
+    """Confine this thread, and what it will start, for good. Needs no_new_privs."""
+    syscalls.call("landlock_restrict_self", ruleset, 0)
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import zmq
-
 from mtpo.errors import InputError, SandboxError
 from mtpo.trajectory import Execution
 from sandbox.client import CopyError, Kernel, start_kernel
@@ -32,10 +30,7 @@ PRELOAD = ("numpy", "sympy")
 START_ATTEMPTS = 3
 COPY_TIMEOUT_S = 5.0
 """Hundreds of times what a copy takes."""
-MAX_WAITING_MESSAGES = 64
-"""Of a kernel, unread by the owner; a cell sends about six."""
-SOCKETS_PER_KERNEL = 3
-FILES_PER_KERNEL = 10
+FILES_PER_KERNEL = 4
 SPARE_FILES = 256
 """Descriptors of the owner beside those of its kernels."""
 
@@ -110,15 +105,6 @@ class InterpreterPool:
     async def __aenter__(self) -> InterpreterPool:
         _make_room_for_files(SPARE_FILES + FILES_PER_KERNEL * self.size)
         self._directory = pool_directory()
-        self._context = zmq.Context()
-        self._context.setsockopt(zmq.LINGER, 0)
-        self._context.set(zmq.MAX_SOCKETS, max(1023, SOCKETS_PER_KERNEL * self.size))
-        # Nobody needs larger messages, or more of them at a time: who sends them may not fill this process's
-        # memory.
-        self._context.setsockopt(zmq.MAXMSGSIZE, 2**16 + 16 * self.limits.max_output_chars)
-        self._context.setsockopt(zmq.RCVHWM, MAX_WAITING_MESSAGES)
-        # A kernel that breaks its connection would stop this event loop in the next send.
-        self._context.setsockopt(zmq.SNDTIMEO, 0)
         self._server = ForkServer(self._directory, self.limits, self._kind, self._preload, self._isolation)
         ready = self._server.start()
         self._is_open = True
@@ -141,7 +127,6 @@ class InterpreterPool:
 
     async def _close(self) -> None:
         await self._server.aclose()
-        self._context.destroy(linger=0)
         await asyncio.to_thread(remove_tree, self._directory)
 
     def session(self) -> Session:
@@ -244,7 +229,7 @@ class InterpreterPool:
                 patience_s = min(patience_s, COPY_TIMEOUT_S)
             try:
                 async with asyncio.timeout(patience_s):
-                    return await start_kernel(self._server, self._context, address, self.limits, original)
+                    return await start_kernel(self._server, address, self.limits, original)
             except TimeoutError:
                 raise SandboxError(f"not ready after {patience_s:g} s") from None
 

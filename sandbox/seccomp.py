@@ -17,6 +17,7 @@ import platform
 import select
 import signal
 import struct
+import sys
 from dataclasses import dataclass
 
 from sandbox import syscalls
@@ -68,12 +69,13 @@ FLAG_TSYNC, FLAG_NEW_LISTENER, FLAG_TSYNC_ESRCH = 1, 8, 16
 NOTIF_RECV, NOTIF_SEND, NOTIF_CONTINUE = 0xC0502100, 0xC0182101, 1
 NOTIFICATION_BYTES = 80
 
+ANY_PROCESS = 2**31 - 1
+"""In a program that is not yet loaded: the id of the process that will load it. No process has this one."""
 CLONE_THREAD = 0x00010000
 AF_UNIX, SOCK_STREAM, SOCK_TYPE_MASK = 1, 1, 0xF
 PR_SET_NAME, PR_GET_NAME, PR_SET_VMA = 15, 16, 0x53564D41
 
 
-@functools.cache
 def _numbers(table: str) -> dict[str, int]:
     words = iter(table.split())
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
@@ -109,9 +111,9 @@ def install(*, max_processes: int) -> int | None:
     """
     threads = FLAG_TSYNC | FLAG_TSYNC_ESRCH
     try:
-        return _load(_program(max_processes, on_process=NOTIFY), threads | FLAG_NEW_LISTENER)
+        return _load(program(max_processes, NOTIFY), threads | FLAG_NEW_LISTENER)
     except OSError:  # before Linux 5.7, or another filter above this one has a listener
-        _load(_program(max_processes, on_process=DENY), FLAG_TSYNC)
+        _load(program(max_processes, DENY), FLAG_TSYNC)
         return None
 
 
@@ -145,24 +147,19 @@ class _Program(ctypes.Structure):
 
 
 def _load(program: bytes, flags: int) -> int:
+    program = program.replace(ANY_PROCESS.to_bytes(4, sys.byteorder), os.getpid().to_bytes(4, sys.byteorder))
     return syscalls.call("seccomp", SET_MODE_FILTER, flags, _Program(len(program) // 8, program))
 
 
-def _program(max_processes: int, on_process: int) -> bytes:
-    code = []
-    conditional = _numbers(CONDITIONAL)
-    for name, otherwise, *exceptions in _conditions(ALLOW if max_processes else on_process, on_process):
-        if name in conditional:
-            answer = [*itertools.chain(*map(_allow_if, exceptions)), _instruction(RETURN, otherwise)]
-            code += _jump(JUMP_EQUAL, conditional[name], over=answer)
-    return b"".join([denials(max_processes), *code, _instruction(RETURN, ALLOW)])
-
-
 @functools.cache
-def denials(max_processes: int) -> bytes:
-    """The first part of the program, which is the same for all sessions."""
+def program(max_processes: int, on_process: int = NOTIFY) -> bytes:
+    """The filter for any process, in which `ANY_PROCESS` stands for its id.
+
+    Raises:
+        OSError: the machine's system calls are not known here.
+    """
     machine = platform.machine()
-    denied = dict(_numbers(DENIED))
+    denied, conditional = _numbers(DENIED), _numbers(CONDITIONAL)
     if max_processes:
         del denied["execve"], denied["execveat"]
     code = [
@@ -175,12 +172,16 @@ def denials(max_processes: int) -> bytes:
     code += _jump(JUMP_GREATER_EQUAL, LAST_KNOWN + 1, over=[_instruction(RETURN, UNKNOWN)])
     for number in denied.values():
         code += _jump(JUMP_EQUAL, number, over=[_instruction(RETURN, DENY)])
-    return b"".join(code)
+    for name, otherwise, *exceptions in _conditions(ALLOW if max_processes else on_process, on_process):
+        if name in conditional:
+            answer = [*itertools.chain(*map(_allow_if, exceptions)), _instruction(RETURN, otherwise)]
+            code += _jump(JUMP_EQUAL, conditional[name], over=answer)
+    return b"".join([*code, _instruction(RETURN, ALLOW)])
 
 
 def _conditions(on_process: int, on_group: int) -> list[tuple]:
     """Calls whose arguments matter: name, the answer, and the cases in which they are allowed all the same."""
-    itself = [Is(0, os.getpid())]
+    itself = [Is(0, ANY_PROCESS)]
     return [
         ("clone3", UNKNOWN),  # its flags are out of a filter's reach; libc falls back to clone
         ("clone", on_process, [Is(0, CLONE_THREAD, mask=CLONE_THREAD)]),

@@ -22,7 +22,7 @@ SYSTEM = (
     "/etc/alternatives",
     "/etc/localtime",
 )
-SCRATCH = "/scratch"
+SCRATCH = "/session/scratch"
 MAX_SCRATCH_FILES = 16384
 
 
@@ -80,7 +80,7 @@ def _furnish(root: str, paths: Iterable[str]) -> None:
             syscalls.make_read_only(target)
     for device in DEVICES:
         _bind(device, root + device)
-    os.mkdir(root + SCRATCH)
+    os.makedirs(root + SCRATCH)
     if not os.path.lexists(root + "/tmp"):
         os.symlink(SCRATCH, root + "/tmp")
 

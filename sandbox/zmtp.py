@@ -1,8 +1,8 @@
-"""The kernel's end of its channels: ZeroMQ's protocol on sockets that listen, without ZeroMQ's threads.
+"""ZeroMQ's protocol between the pool and its kernels, without libzmq: ZMTP 3.0, https://rfc.zeromq.org/spec/23/.
 
-ZMTP 3.0 with the NULL mechanism (https://rfc.zeromq.org/spec/23/), of which a kernel needs little: it accepts
-clients, and never connects. libzmq would start two threads for that in every session; they take longer than a
-short cell, and a process that has threads cannot be copied.
+libzmq would start two threads in every session. They take longer than a short cell, and a process that has
+threads cannot be copied. What is here is what a kernel needs (`Channel`), and its client (`Peer`): one listens,
+the other connects once, with the NULL mechanism.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ MORE, LONG, COMMAND = 1, 2, 4
 LONG_HEAD = struct.Struct(">BQ")
 SUBSCRIBE = b"\x01"
 """What a subscriber sends before the beginning of the messages that it wants."""
-CHUNK_BYTES = 2**16
+CHUNK_BYTES = 2**15
+MAX_MESSAGES_AT_ONCE = CHUNK_BYTES // 128
+"""In a chunk: Jupyter's take twice as many bytes, and to read so many would take all others' time."""
 MAX_UNSENT_BYTES = 2**24
-"""Kept for a client that does not read; what comes on top is dropped for it, as ZeroMQ does."""
+"""Kept for an end that does not read; what comes on top is dropped for it, as ZeroMQ does."""
 
 
 def encode(frames: Sequence[bytes]) -> bytes:
@@ -42,25 +44,37 @@ def hello(kind: str) -> bytes:
 
 
 class Peer:
-    """A client that has connected."""
+    """The other end of a connection.
 
-    def __init__(self, connection: socket.socket, kind: str) -> None:
+    Args:
+        kind: the type of socket that this end is.
+        max_message_bytes: from an end that sends a larger message nothing more is read.
+    """
+
+    def __init__(self, connection: socket.socket, kind: str, max_message_bytes: int = 2**31) -> None:
         connection.setblocking(False)
         self.connection = connection
+        self._max_message_bytes = max_message_bytes
         self.topics: set[bytes] = set()
         """Beginnings of the messages that it wants; of a subscriber."""
         self._received = bytearray()
         self._num_ahead = len(GREETING)
-        """Bytes to skip first: the client's greeting, which can only be the same."""
+        """Bytes to skip first: the greeting, which can only be the same."""
         self._frames: list[bytes] = []
+        """Of the message that is being received."""
+        self._num_bytes = 0
+        """Of these frames, with their heads."""
         self._unsent = bytearray()
-        self.send(hello(kind))
+        self._is_ready = False
+        """Whether the other end has said its hello: libzmq hangs up on messages that come along with this one's."""
+        with contextlib.suppress(OSError):  # it has gone: `receive` says so
+            connection.send(hello(kind))
 
     def receive(self) -> list[list[bytes]]:
         """The messages that have come, each as its frames.
 
         Raises:
-            OSError: the client has gone.
+            OSError: the other end has gone, or sends what is no message.
         """
         with contextlib.suppress(BlockingIOError):
             chunk = self.connection.recv(CHUNK_BYTES)
@@ -70,11 +84,17 @@ class Peer:
         messages = []
         while (frame := self._take_frame()) is not None:
             flags, body = frame
-            if not flags & COMMAND:
+            if flags & COMMAND:
+                self._is_ready = True
+                self.flush()
+            else:
                 self._frames.append(body)
+                self._num_bytes += 2 + len(body)
                 if not flags & MORE:
+                    if len(messages) == MAX_MESSAGES_AT_ONCE:
+                        raise ConnectionAbortedError("a flood of messages")
                     messages.append(self._frames)
-                    self._frames = []
+                    self._frames, self._num_bytes = [], 0
         return messages
 
     def _take_frame(self) -> tuple[int, bytes] | None:
@@ -88,6 +108,8 @@ class Peer:
             if len(received) < start:
                 return None
             _, size = LONG_HEAD.unpack_from(received, self._num_ahead)
+        if self._num_bytes + size > self._max_message_bytes:
+            raise ConnectionAbortedError(f"a message of more than {self._max_message_bytes} bytes")
         if len(received) < start + size:
             return None
         body = bytes(received[start : start + size])
@@ -97,17 +119,18 @@ class Peer:
 
     @property
     def has_unsent(self) -> bool:
-        return bool(self._unsent)
+        """Whether there is something that `flush` would send if the other end had room."""
+        return self._is_ready and bool(self._unsent)
 
     def send(self, data: bytes) -> None:
-        """Send a message, or as much of it as the client has room for, and the rest with the next `flush`."""
+        """Send a message, or as much of it as the other end has room for, and the rest with the next `flush`."""
         if len(self._unsent) <= MAX_UNSENT_BYTES:
             self._unsent += data
             self.flush()
 
     def flush(self) -> None:
-        """Send as much as the client has room for. If it has gone, `receive` says so."""
-        if self._unsent:
+        """Send as much as the other end has room for. If it has gone, `receive` says so."""
+        if self.has_unsent:
             with contextlib.suppress(OSError):
                 del self._unsent[: self.connection.send(self._unsent)]
 

@@ -113,7 +113,7 @@ class Zygote:
             raise RuntimeError(
                 f"preloading {preload} started {num_threads - 1} threads: forks would be broken"
             )
-        self._confinement.prepare()
+        self._confinement = self._confinement.prepare()
         gc.collect()
         warmup.merge_pages(self._confinement.read_proc("self/maps"))
         gc.freeze()  # so that collections in the children do not touch, and copy, the shared pages

@@ -1,5 +1,6 @@
 """The sandbox behind jupyter_client's own manager and client, as any Jupyter application starts it."""
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,16 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.jsonutil import json_default
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from jupyter_client.session import Session
 
 from mtpo.errors import InputError
+from sandbox.client import NOT_A_MESSAGE
 from sandbox.jupyter import SandboxProvisioner
-from sandbox.kernel import KernelSession
+from sandbox.messages import LeanSession
 from sandbox.processes import descendants
 from tests.processes import wait_until_gone
 
@@ -150,6 +153,12 @@ async def test_kernels_share_a_fork_server_that_goes_with_the_last(specs: Kernel
     assert not shared.directory.exists()
 
 
+def as_read(message: dict[str, Any]) -> dict[str, Any]:
+    """With dates as text."""
+    buffers = message.pop("buffers")
+    return json.loads(json.dumps(message, default=json_default)) | {"buffers": buffers}
+
+
 def test_what_the_kernel_sends_is_what_jupyter_would_send() -> None:
     sent: list[list[bytes]] = []
 
@@ -157,7 +166,7 @@ def test_what_the_kernel_sends_is_what_jupyter_would_send() -> None:
         def send_multipart(self, frames: list[bytes], copy: bool = True) -> None:
             sent.append(frames)
 
-    ours, theirs = KernelSession(key=b"k", session="s"), Session(key=b"k", session="s")
+    ours, theirs = LeanSession(key=b"k", session="s"), Session(key=b"k", session="s")
     request = theirs.msg("execute_request", {"code": "1"})
     stream: Any = Stream()
     calls: list[tuple[Any, ...]] = [
@@ -172,12 +181,33 @@ def test_what_the_kernel_sends_is_what_jupyter_would_send() -> None:
         for session in (ours, theirs):
             session.send(stream, *arguments)
     for own, other in zip(sent[::2], sent[1::2], strict=True):
-        (own_idents, own), (other_idents, other) = map(theirs.feed_identities, (own, other))
-        own, other = map(theirs.deserialize, (own, other))
+        identities, frames = theirs.feed_identities(own)
+        assert ours.read(own) == (identities, as_read(theirs.deserialize(frames)))
+        (own_identities, own), (other_identities, other) = map(ours.read, (own, other))
         for message in (own, other):
             assert message["header"].pop("msg_id") == message.pop("msg_id")
             message["header"].pop("date")
-        assert (own_idents, own) == (other_idents, other)
+        assert (own_identities, own) == (other_identities, other)
+
+
+@pytest.mark.parametrize("spoil", ["signature", "content", "cut", "no json", "no delimiter", "deep"])
+def test_what_is_no_message_is_refused(spoil: str) -> None:
+    session = LeanSession(key=b"k")
+    frames = session.serialize(session.msg("status", {"execution_state": "busy"}), b"topic")
+    match spoil:
+        case "signature":
+            frames[2] = frames[2][::-1]
+        case "content":
+            frames[-1] = b"{}"
+        case "cut":
+            del frames[4:]
+        case "no delimiter":
+            del frames[1]
+        case "no json" | "deep":
+            frames[-1] = b"{" if spoil == "no json" else b"[" * 100_000
+            frames[2] = session.sign(frames[3:])
+    with pytest.raises(NOT_A_MESSAGE):
+        session.read(frames)
 
 
 async def test_a_wrong_configuration_is_named(specs: KernelSpecManager) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 
 from mtpo.errors import InputError, SandboxError
 from sandbox import InterpreterPool, Limits
@@ -374,18 +373,9 @@ async def test_a_large_pool_makes_room_for_its_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
     try:
         async with InterpreterPool(size=100, preload=()) as pool:
-            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1000
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 256 + 400
             assert (await pool.session().execute("1")).text == "1"
         with pytest.raises(InputError, match=rf"open files, but the limit is {hard}: ulimit -n"):
             await InterpreterPool(size=hard, preload=()).__aenter__()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-async def test_a_large_pool_makes_room_for_its_sockets() -> None:
-    size = 600
-    async with InterpreterPool(size=size, preload=()) as pool:
-        taken = [pool._context.socket(zmq.PUSH) for _ in range(2 * (size - 1))]  # by the other kernels
-        assert (await pool.session().execute("1")).text == "1"
-        for socket in taken:
-            socket.close()
