@@ -120,7 +120,8 @@ class ForkedKernel(IPythonKernel):
         """
         self._poller.watch(line, partial(self._copy, line))
         self._publish_status("starting", "shell")
-        while not self._is_over:
+        pid = os.getpid()
+        while not self._is_over and os.getpid() == pid:  # else a cell has forked, and this is its child
             if not self._poller.wait(0 if self._aborting else None):
                 self._aborting = False
 

@@ -379,3 +379,10 @@ async def test_a_large_pool_makes_room_for_its_files() -> None:
             await InterpreterPool(size=hard, preload=()).__aenter__()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_child_that_a_cell_forgets_to_end_answers_nothing() -> None:
+    async with InterpreterPool(Limits(max_processes=4), preload=()) as pool, pool.session() as session:
+        cell = "import os\nn = 1\npid = os.fork()\nn += 1\nif pid:\n    os.waitpid(pid, 0)\nn"
+        assert (await session.execute(cell, timeout_s=20)).text == "2"
+        assert [(await session.execute("n += 1\nn")).text for _ in range(3)] == ["3", "4", "5"]
