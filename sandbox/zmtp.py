@@ -131,8 +131,12 @@ class Peer:
     def flush(self) -> None:
         """Send as much as the other end has room for. If it has gone, `receive` says so."""
         if self.has_unsent:
-            with contextlib.suppress(OSError):
+            try:
                 del self._unsent[: self.connection.send(self._unsent)]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._unsent.clear()
 
 
 class Channel:

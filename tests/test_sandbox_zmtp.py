@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import zmq
 
-from sandbox.zmtp import CHUNK_BYTES, MAX_UNSENT_BYTES, Channel, Poller, Publisher, Router, encode, hello
+from sandbox.zmtp import (
+    CHUNK_BYTES,
+    MAX_UNSENT_BYTES,
+    Channel,
+    Peer,
+    Poller,
+    Publisher,
+    Router,
+    encode,
+    hello,
+)
 
 SIZES = (0, 1, 255, 256, 257, 2**16 - 1, 2**16, 3 * CHUNK_BYTES + 1)
 
@@ -164,3 +174,15 @@ def test_a_client_that_has_gone_is_forgotten(path: Path, context: zmq.Context) -
 
 def test_an_unknown_client_is_sent_nothing(path: Path) -> None:
     Router(listen(path)).send_multipart([b"nobody", b"?"])
+
+
+def test_nothing_is_kept_for_an_end_that_has_gone() -> None:
+    ours, theirs = socket.socketpair()
+    peer = Peer(ours, "DEALER")
+    theirs.send(hello("ROUTER"))
+    peer.receive()
+    peer.send(bytes(2**22))
+    assert peer.has_unsent
+    theirs.close()
+    peer.flush()
+    assert not peer.has_unsent
