@@ -163,7 +163,6 @@ class Kernel:
         Raises:
             SandboxError: the kernel did not start, or died first.
         """
-        await asyncio.shield(self.process.listening)
         await self._cell.ended
         if self.exited.done():
             raise SandboxError(f"the kernel died while it started ({_death(self.exited.result())})")
@@ -289,6 +288,7 @@ async def start_kernel(
     try:
         await manager.start_kernel()
         assert provisioner.process is not None
+        await asyncio.shield(provisioner.process.listening)  # which tells why, if it never will
         kernel = Kernel(manager, provisioner.process, server, limits)
         await kernel.connect()
     except BaseException:
